@@ -1,0 +1,34 @@
+"""One micro-batch: a row of T token slots with documents laid end to end, and where they begin and end.
+
+There is no batch dimension and no padding inside the row; what the documents leave free at the tail is one more
+document of `PAD` tokens whose labels are all `IGNORE`. Shapes are the same for every batch of a run (T, N and
+`max_seqlen` are constants), so that a compiled model never sees a new one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # label of a slot where nothing is learned
+
+
+@dataclass(frozen=True)
+class Batch:
+    tokens: Tensor  # [T] int64
+    labels: Tensor  # [T] int64, already shifted: labels[t] is the target of position t, or IGNORE
+    positions: Tensor  # [T] int32, restart at 0 in each document
+    cu_seqlens: Tensor  # [N+1] int32 document borders, from 0, padded with T to a fixed N
+    max_seqlen: int  # constant for the run: no document is longer
+    pack: int = 0  # number of this pack in the run's plan; the same at any world size (dropout derives from it)
+    group: dict[str, Tensor] = field(default_factory=dict)  # per-document fields, [N] each, e.g. "source" int64
+
+    def to(self, device: torch.device | str) -> Batch:
+        move = {name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens", "labels", "positions", "cu_seqlens")}
+        return replace(self, **move, group={k: v.to(device, non_blocking=True) for k, v in self.group.items()})
+
+    def learned(self) -> int:
+        """Number of slots with a target: this micro-batch's share of the loss denominator."""
+        return int((self.labels != IGNORE).sum())

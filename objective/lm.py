@@ -1,0 +1,37 @@
+"""Supervised language modelling: minus the log-probability of every learned token, summed.
+
+An objective is two functions. `count` says, before any forward pass, how many units of loss a micro-batch holds; the
+trainer adds that up over micro-batches and ranks. `loss` returns this micro-batch's *sum* divided by that global number.
+So loss and gradients do not depend on how the documents were cut into micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from data.batch import Batch
+
+
+def count(batch: Batch) -> int:
+    """Learned tokens of this micro-batch."""
+    return batch.learned()
+
+
+def loss(net: nn.Module, batch: Batch, units: float) -> Tensor:
+    """- sum_t log p(label_t) / units, a scalar fp32; `net(batch)` is 0 where nothing is learned."""
+    return -net(batch).sum() / units
+
+
+@torch.no_grad()
+def by_source(net: nn.Module, batch: Batch, sources: int) -> Tensor:
+    """[sources, 2] fp64: for each data source the summed loss and the number of learned tokens."""
+    logp = net(batch)
+    slot = torch.arange(batch.tokens.numel(), device=logp.device, dtype=torch.int32)
+    document = torch.searchsorted(batch.cu_seqlens[1:], slot, right=True)
+    learned = batch.labels >= 0
+    source = batch.group["source"][document.clamp(max=batch.group["source"].numel() - 1)].clamp(min=0)
+    sums = torch.zeros(sources, 2, dtype=torch.float64, device=logp.device)
+    sums[:, 0].index_add_(0, source[learned], -logp[learned].double())
+    sums[:, 1].index_add_(0, source[learned], torch.ones_like(logp[learned], dtype=torch.float64))
+    return sums

@@ -1,0 +1,136 @@
+"""Starting the ranks: what this process is, agreeing on user errors, and the process group.
+
+A run has two phases. Before the process group exists, ranks share only a key-value store (torchrun's, or a local one for
+a world of one): reading configs, tokenizing and checking happen here, because no collective may wait for work on the
+host. `Launch.together` runs such a phase and makes an error on one rank an error on all. Then `Launch.connect` creates
+the process group (gloo for host tensors, NCCL beside it on CUDA).
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from runtime.errors import ConfigError, UserError
+
+T = TypeVar("T")
+
+
+class Agreed(UserError):
+    """A user error some rank met, now known to all. Only the rank in `reporter` prints it."""
+
+    def __init__(self, message: str, reporter: int):
+        super().__init__(message)
+        self.reporter = reporter
+
+
+class Launch:
+    """This process among the ranks. Attributes: rank, world, local_rank, local_world, store."""
+
+    def __init__(self, timeout_s: float = 600.0):
+        env = os.environ
+        self.world = int(env.get("WORLD_SIZE", 1))
+        self.rank = int(env.get("RANK", 0))
+        self.local_rank = int(env.get("LOCAL_RANK", 0))
+        self.local_world = int(env.get("LOCAL_WORLD_SIZE", self.world))
+        self.timeout = datetime.timedelta(seconds=timeout_s)
+        if "MASTER_ADDR" in env and "WORLD_SIZE" in env:
+            self.store, _, _ = next(dist.rendezvous("env://", self.rank, self.world, timeout=self.timeout))
+        elif self.world == 1:
+            self.store = dist.HashStore()
+        else:
+            raise ConfigError("is set but MASTER_ADDR is not; start several ranks with torchrun", "WORLD_SIZE", self.world)
+        # a restart by the same agent must not read the answers of the attempt before it
+        self.attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+    @property
+    def leads_node(self) -> bool:
+        return self.local_rank == 0
+
+    def together(self, name: str, work: Callable[[], T], leader_first: bool = False) -> T:
+        """Runs `work` on every rank and returns its result; a UserError on any rank is raised on all of them.
+
+        With `leader_first` the first rank of each node goes alone and the others wait for it, without a time limit and
+        without a collective: it fills the cache which they then read.
+        """
+        prefix = f"salamander/{self.attempt}/{name}"
+        gate = f"{prefix}/node{self.rank // self.local_world}"
+        error: BaseException | None = None
+        result = None
+        if leader_first and not self.leads_node:
+            self._wait(lambda: self.store.check([gate]) or self._failed(prefix))
+        try:
+            if not self._failed(prefix):
+                result = work()
+        except BaseException as e:
+            error = e
+            self.store.add(f"{prefix}/failed", 1)
+            # the first to fail writes the message that everyone will carry
+            text = f"{self.rank}\n{int(isinstance(e, UserError))}\n{e or type(e).__name__}"
+            self.store.compare_set(f"{prefix}/error", "", text)
+        if leader_first and self.leads_node:
+            self.store.set(gate, "done")
+        self.store.add(f"{prefix}/done", 1)
+        if error is not None and not isinstance(error, UserError):
+            raise error
+        self._wait(lambda: self.store.add(f"{prefix}/done", 0) >= self.world)
+        if self._failed(prefix):
+            rank, ours, message = self.store.get(f"{prefix}/error").decode().split("\n", 2)
+            if ours != "1":
+                raise RuntimeError(f"rank {rank} failed in phase '{name}': {message}")
+            raise Agreed(message, int(rank))
+        return result
+
+    def _failed(self, prefix: str) -> bool:
+        return self.store.add(f"{prefix}/failed", 0) > 0
+
+    @staticmethod
+    def _wait(ready: Callable[[], bool]) -> None:
+        pause = 0.002
+        while not ready():
+            time.sleep(pause)
+            pause = min(0.5, pause * 1.5)
+
+    def device(self, wanted: str) -> torch.device:
+        """`auto`: this rank's CUDA device if there is one, else the CPU."""
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("but this machine has no usable CUDA device; use run.device=cpu", "run.device", wanted)
+        if wanted == "cpu" or not torch.cuda.is_available():
+            return torch.device("cpu")
+        if self.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"on a node with {torch.cuda.device_count()} GPUs; start at most one rank for each", "--nproc-per-node", self.local_world
+            )
+        return torch.device("cuda", self.local_rank)
+
+    def connect(self, device: torch.device) -> None:
+        """Creates the process group: gloo for host tensors, and NCCL for CUDA ones."""
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore(f"group/{self.attempt}", self.store),
+            rank=self.rank,
+            world_size=self.world,
+            timeout=self.timeout,
+        )
+
+    def report(self, error: UserError) -> int:
+        """Prints the error once among all ranks and returns the exit code."""
+        reporter = getattr(error, "reporter", 0)
+        if self.rank == reporter:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            self.store.set("salamander/printed", "1")
+        else:
+            # a launcher ends all ranks as soon as one exits: let the line be printed first
+            deadline = time.monotonic() + 5
+            self._wait(lambda: self.store.check(["salamander/printed"]) or time.monotonic() > deadline)
+        return error.exit_code
