@@ -1,0 +1,90 @@
+"""Grouped-query attention over packed rows, and the struct that says where documents begin and end.
+
+A row of T slots holds documents end to end; a query sees keys of its own document only, up to itself (kind `full`) or
+the last `size` of those (kind `window`). How that is computed is the backend's business (model/backends.py).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from model.arch import Arch, Kind
+from model.backends import SDPA
+from model.linear import Linear, Slots
+from model.norm import NORMS
+from model.rope import rotate
+
+
+class AttnContext:
+    """What every block needs to know about one micro-batch; built once, handed down as one argument.
+
+    positions: [T] int32, restarting at 0 in each document.
+    cu_seqlens: [N+1] int32, document borders from 0 to T, the end repeated up to a fixed N.
+    max_seqlen: no document is longer.
+    rope: for each rope of the model (cos, sin), each [T, 1, head_dim / 2].
+
+    Masks are made when first asked for, once per kind, and only by backends that need one.
+    """
+
+    def __init__(self, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, rope: list[tuple[Tensor, Tensor]]):
+        self.positions, self.cu_seqlens, self.max_seqlen, self.rope = positions, cu_seqlens, max_seqlen, rope
+        self._masks: dict[Kind, Tensor] = {}
+
+    @cached_property
+    def documents(self) -> Tensor:
+        """[T] int: the number of the document each slot belongs to."""
+        slots = torch.arange(self.positions.numel(), device=self.positions.device, dtype=self.cu_seqlens.dtype)
+        return torch.searchsorted(self.cu_seqlens[1:], slots, right=True)
+
+    def mask(self, kind: Kind) -> Tensor:
+        """[T, T] bool: may query row see key column."""
+        if kind not in self._masks:
+            distance = self.positions[:, None] - self.positions[None, :]
+            seen = (self.documents[:, None] == self.documents[None, :]) & (distance >= 0)
+            self._masks[kind] = seen & (distance < kind.size) if kind.name == "window" else seen
+        return self._masks[kind]
+
+
+class Backend(Protocol):
+    """softmax(scale * q k^T over the keys that `kind` lets a query see) v."""
+
+    name: str
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, ctx: AttnContext, kind: Kind, scale: float) -> Tensor:
+        """q: [T, N, H]; k, v: [T, K, H] with N a multiple of K, head n using group n // (N / K) -> [T, N, H]."""
+
+    def unsupported(self, arch: Arch, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why this backend cannot compute this model there, or None. It must keep documents apart or refuse."""
+
+
+class Attention(Slots):
+    """Slot `backend`: see Backend."""
+
+    slots = ("backend",)
+
+    def __init__(self, arch: Arch, index: int):
+        super().__init__()
+        self.kind, self.rope = arch.layers[index]
+        self.head_dim, self.scale = arch.head_dim, arch.attention_scale
+        heads, kv_heads = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
+        self.q_proj = Linear(arch.hidden_size, heads, arch.qkv_bias)
+        self.k_proj = Linear(arch.hidden_size, kv_heads, arch.qkv_bias)
+        self.v_proj = Linear(arch.hidden_size, kv_heads, arch.qkv_bias)
+        self.o_proj = Linear(heads, arch.hidden_size, arch.o_bias)
+        norm = NORMS[arch.norm]
+        self.q_norm = norm(arch.head_dim, arch.rms_norm_eps) if arch.qk_norm else None
+        self.k_norm = norm(arch.head_dim, arch.rms_norm_eps) if arch.qk_norm else None
+        self.backend = SDPA
+
+    def forward(self, x: Tensor, ctx: AttnContext) -> Tensor:
+        """x: [T, D] -> [T, D]."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin = ctx.rope[self.rope]
+        out = self.backend(rotate(q, cos, sin), rotate(k, cos, sin), v, ctx, self.kind, self.scale)
+        return self.o_proj(out.flatten(-2))

@@ -1,0 +1,59 @@
+"""The `[model]`, `[lora]` and `[kernels]` sections. No torch here: `--help` must stay instant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from runtime.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model to start from."""
+
+    path: Annotated[str, "A folder in Hugging Face layout, or a hub id such as `meta-llama/Llama-3.1-8B`."] = ""
+    revision: Annotated[str, "Branch, tag or commit of a hub id."] = "main"
+    init: Annotated[Literal["pretrained", "random"], "Weights: the folder's, or fresh ones of the shape in its config.json."] = "pretrained"
+
+    def __post_init__(self):
+        if not self.path:
+            raise ConfigError("is needed: a model folder or a hub id", "path")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside frozen weights (arXiv 2106.09685). Without this section everything trains."""
+
+    rank: Annotated[int, "Rank of the update."] = 16
+    alpha: Annotated[float, "The update is scaled by alpha / rank."] = 32.0
+    dropout: Annotated[float, "Dropout on the adapter's input while training."] = 0.0
+    targets: Annotated[
+        str | tuple[str, ...],
+        "Which linears get an adapter: `all-linear` (all but the head), or leaf names (`q_proj`) and patterns over full names "
+        "(`model.layers.[0-3].mlp.*`). One that matches nothing is an error.",
+    ] = "all-linear"
+    train_modules: Annotated[
+        tuple[str, ...], "Modules trained in full beside the adapters, by leaf name or pattern: `embed_tokens`, `lm_head`, `norm`."
+    ] = ()
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ConfigError("must be at least 1", "rank", self.rank)
+        if not 0 < self.alpha < float("inf"):
+            raise ConfigError("must be positive", "alpha", self.alpha)
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("must be at least 0 and below 1", "dropout", self.dropout)
+        if not self.targets:
+            raise ConfigError("names nothing; use `all-linear` or leave out the section", "targets", self.targets)
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """Which implementation computes an operation."""
+
+    attention: Annotated[
+        Literal["auto", "sdpa", "varlen"],
+        "varlen: by document borders, memory grows with the row (CUDA: bf16 or fp16); sdpa: any device and dtype, holds a mask of "
+        "row x row; auto: varlen where it can compute the model.",
+    ] = "auto"

@@ -1,0 +1,36 @@
+"""The gated feed-forward network: down( act(gate(x)) * up(x) ), SwiGLU or GeGLU by the activation (arXiv 2002.05202)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.arch import Arch
+from model.linear import Linear, Slots
+
+ACT = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+
+
+def gated(ffn: FeedForward, x: Tensor) -> Tensor:
+    """The default `impl`: one operation after the other."""
+    return ffn.down_proj(ffn.act(ffn.gate_proj(x)) * ffn.up_proj(x))
+
+
+class FeedForward(Slots):
+    """Slot `impl`: a function `impl(ffn, x) -> [T, D]` over the parts of its Linears, where a fused one may go."""
+
+    slots = ("impl",)
+
+    def __init__(self, arch: Arch):
+        super().__init__()
+        self.act = ACT[arch.hidden_act]
+        self.gate_proj = Linear(arch.hidden_size, arch.intermediate_size, arch.mlp_bias)
+        self.up_proj = Linear(arch.hidden_size, arch.intermediate_size, arch.mlp_bias)
+        self.down_proj = Linear(arch.intermediate_size, arch.hidden_size, arch.mlp_bias)
+        self.impl = gated
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, D] -> [T, D]."""
+        return self.impl(self, x)

@@ -1,0 +1,31 @@
+"""The head: from hidden states to log-probabilities. The only code that touches the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.linear_logprob import linear_logprob
+
+
+class Head(nn.Module):
+    """weight: [vocab, hidden]. Not a `Linear`: its product never happens as a whole, so it has no slots to fill."""
+
+    def __init__(self, vocab: int, hidden: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab, hidden))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
+    """hidden: [T, D], weight: [V, D], labels: [T] int64 -> log p(label) [T] fp32, 0 where the label is negative."""
+    return linear_logprob(hidden, weight, labels, softcap)
+
+
+def logits(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> Tensor:
+    """All logits: [M, D], [V, D] -> [M, V] fp32. For generation and inspection; training goes through token_logprobs."""
+    z = F.linear(hidden, weight.to(hidden.dtype)).float()
+    return z if softcap is None else softcap * torch.tanh(z / softcap)

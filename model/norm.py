@@ -1,0 +1,48 @@
+"""RMSNorm (arXiv 1910.07467): y = x / sqrt(mean(x^2) + eps) * w over the last dimension; the statistics are fp32.
+
+Families differ in where they round and in what they store, and both show in bf16:
+
+    rms         y = w * round(x_hat)            llama, mistral, qwen; w starts at 1
+    rms_offset  y = round(x_hat * (1 + w))      gemma; w starts at 0, so weight decay pulls the scale towards 1
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def _normalized(x: Tensor, eps: float) -> Tensor:
+    """x_hat in at least fp32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+class RMSNorm(nn.Module):
+    """x: [..., size] -> same shape and dtype; weight: [size]."""
+
+    initial = 1.0  # what a fresh weight holds
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight.to(x.dtype) * _normalized(x, self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}"
+
+
+class OffsetRMSNorm(RMSNorm):
+    """RMSNorm whose weight is stored minus one."""
+
+    initial = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalized = _normalized(x, self.eps)
+        return (normalized * (1.0 + self.weight.to(normalized.dtype))).to(x.dtype)
+
+
+NORMS = {"rms": RMSNorm, "rms_offset": OffsetRMSNorm}
