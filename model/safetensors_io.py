@@ -1,0 +1,368 @@
+"""Values into a model and out of it: Hugging Face folders, PEFT adapters, merged weights.
+
+In: every rank works out which slices of which tensors make up its own parameters and copies only those from the mapped files;
+no rank ever holds the model, and there is no communication. The headers of all files are checked against the model first,
+so what is wrong with a folder is found on every rank alike, before anything is copied.
+
+Out: tensor by tensor the parameter is gathered (one is whole at a time), the adapter merged in, and the first rank writes; see
+`model/tensor_folder.py` for how a folder is written, compared with the live values and only then published. Exports are
+collectives: every rank calls them.
+
+Merging computes W + scale * (B A) in fp32 on the CPU whatever the training device, so that the same adapter always merges
+into the same bytes and no TF32 setting of a GPU reaches a saved weight.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from model import peft_format
+from model.config import LoraConfig
+from model.peft_format import PREFIX, Adapter, open_adapter
+from model.tensor_folder import Layout, Spec, TensorFolder, Value, compare, leads, listed, publish, read_json
+from model.transforms.lora import adapted, is_adapter, leaf_names, select_linears
+from model.weights import EMBEDDING, HEAD, NameMap, full, initialize, local, parameters_at_rest, region
+from runtime.errors import ModelError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # stored dtypes that are converted on the way in
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}  # as in config.json
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+)
+
+
+# --------------------------------------------------------------------------------------------------------------------- in
+
+
+def materialize(
+    net: nn.Module, device: torch.device | str, seed: int, folder: str | Path | None, adapter: str | Path | None = None
+) -> None:
+    """Memory and values for a model on meta, sharded or not: weights from `folder` (None: fresh ones), and adapters from
+    `adapter` (None: fresh ones). Every parameter is given its value exactly once, or this raises.
+
+    Raises:
+        ModelError: a folder does not fit the model.
+    """
+    net.to_empty(device=device)
+    net.reset_buffers(device)
+    filled = load_weights(net, folder) if folder else initialize(net, seed, only=lambda name: not is_adapter(name))
+    filled |= load_adapter(net, adapter) if adapter else initialize(net, seed, only=is_adapter)
+    unset = {name for name, _ in parameters_at_rest(net)} - filled
+    assert not unset, f"parameters without values: {listed(unset)}"
+
+
+def check_weights(net: nn.Module, folder: str | Path) -> None:
+    """Does the folder hold exactly this model (which may be on meta)? Reads headers only.
+
+    Raises:
+        ModelError: it does not; the line says what differs.
+    """
+    _sources(net, TensorFolder(folder))
+
+
+def load_weights(net: nn.Module, folder: str | Path) -> set[str]:
+    """Copies the folder's tensors into the base parameters; adapters are left alone. Returns the names it filled.
+
+    Integer or boolean tensors are refused, floats of any width are converted to the parameter's dtype.
+
+    Raises:
+        ModelError: a file is missing, damaged or outside the folder; names, shapes or dtypes are not the model's.
+    """
+    tensors = TensorFolder(folder)
+    sources = _sources(net, tensors)
+    parameters = dict(parameters_at_rest(net))
+    for name, theirs in sources.items():
+        _copy(parameters[name], tensors, theirs)
+    return set(sources)
+
+
+def load_adapter(net: nn.Module, folder: str | Path) -> set[str]:
+    """Copies a PEFT adapter into the adapters of `net` (see `adapter_config`) and into the modules it trains in full.
+
+    Raises:
+        ModelError: the folder is no adapter we compute, or not one for this model as it was prepared.
+    """
+    adapter = open_adapter(folder)
+    names = NameMap.of(net, [f"{n}.weight" for n in adapter.linears])
+    linears = adapted(net)
+    theirs = {names.to_hf(name): linear for name, linear in linears.items()}
+    if theirs.keys() != set(adapter.linears):
+        raise ModelError(f"{listed(theirs.keys() ^ set(adapter.linears))}: not the linears that lora.targets selects", folder)
+    for name, linear in theirs.items():
+        if (rank := linear.lora_A.weight.shape[0]) != adapter.rank or linear.adapter.scale != adapter.scale:
+            here, there = f"rank {rank}, scale {linear.adapter.scale:g}", f"rank {adapter.rank}, scale {adapter.scale:g}"
+            raise ModelError(f"has {there}, but lora.rank and lora.alpha give {here} ({name})", folder)
+    parameters = dict(parameters_at_rest(net))
+    sources = {f"{name}.lora_{m}.weight": f"{PREFIX}{names.to_hf(name)}.lora_{m}.weight" for name in linears for m in "AB"}
+    for hf in adapter.saved:
+        sources[_saved_name(net, names, adapter, hf)] = PREFIX + hf
+    for name, hf in sources.items():
+        _check_tensor(hf, adapter.tensors, parameters[name])
+    for name, hf in sources.items():
+        _copy(parameters[name], adapter.tensors, hf)
+    return set(sources)
+
+
+def adapter_config(net: nn.Module, folder: str | Path) -> LoraConfig:
+    """The `[lora]` section that prepares `net` for an adapter folder.
+
+    Raises:
+        ModelError: the folder is no adapter we compute, or not one for this model.
+    """
+    adapter = open_adapter(folder)
+    names = NameMap.of(net, [f"{n}.weight" for n in adapter.linears])
+    linears = {names.to_hf(name): name for name in select_linears(net, "all-linear")}
+    if foreign := set(adapter.linears) - linears.keys():
+        raise ModelError(f"adapts {listed(foreign)}, which is no linear layer of this model's decoder", folder)
+    adapter.check_covers(list(linears))
+    saved = dict.fromkeys(_saved_name(net, names, adapter, hf).rsplit(".", 1)[0] for hf in adapter.saved)
+    chosen = tuple(linears[n] for n in adapter.linears)
+    return LoraConfig(rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, targets=chosen, train_modules=tuple(saved))
+
+
+def _saved_name(net: nn.Module, names: NameMap, adapter: Adapter, hf: str) -> str:
+    """Our name of a tensor that an adapter carries in full. Of a tied model it must carry both names, with equal values:
+    PEFT keeps two copies, and with only one of them saved its model is no longer tied."""
+    name = names.from_hf(hf)
+    parameters = {n for n, _ in net.named_parameters()}
+    if net.lm_head is None and name in (EMBEDDING, HEAD):
+        both = [PREFIX + names.to_hf(n) for n in (EMBEDDING, HEAD)]
+        if absent := [n for n in both if n not in adapter.tensors.specs]:
+            raise ModelError(f"has {hf} but not {absent[0]}; this model's head and embedding are one tensor", adapter.tensors.folder)
+        _require_equal(adapter.tensors, *both)
+        return EMBEDDING
+    if name not in parameters:
+        raise ModelError(f"holds {hf}, which this model does not have", adapter.tensors.folder)
+    return name
+
+
+def _sources(net: nn.Module, tensors: TensorFolder) -> dict[str, str]:
+    """Our name -> the folder's, for every base parameter, once everything about the headers is in order."""
+    names = NameMap.of(net, tensors.specs)
+    parameters = {name: p for name, p in net.named_parameters() if not is_adapter(name)}
+    sources = {name: names.to_hf(name) for name in parameters}
+    if HEAD not in parameters:  # tied: the folder may have either name, or both with equal values
+        embedding, head = names.to_hf(EMBEDDING), names.to_hf(HEAD)
+        if embedding not in tensors.specs and head in tensors.specs:
+            sources[EMBEDDING] = head
+        elif head in tensors.specs:
+            _require_equal(tensors, embedding, head)
+    missing = set(sources.values()) - tensors.specs.keys()
+    unexpected = {n for n in tensors.specs.keys() - set(sources.values()) if names.aside(n) is None}
+    if HEAD not in parameters:
+        unexpected.discard(names.to_hf(HEAD))
+    if missing or unexpected:
+        parts = [f"{len(n)} {what} ({listed(n)})" for n, what in ((missing, "missing"), (unexpected, "unexpected")) if n]
+        raise ModelError(f"not the tensors of this {net.arch.family} model: {', '.join(parts)}", tensors.folder)
+    for name, theirs in sources.items():
+        _check_tensor(theirs, tensors, parameters[name])
+    return sources
+
+
+def _check_tensor(name: str, tensors: TensorFolder, p: Tensor) -> None:
+    dtype, shape = tensors.specs[name]
+    if shape != tuple(p.shape):
+        raise ModelError(f"{name} has shape {list(shape)}, but the model's is {list(p.shape)}", tensors.folder)
+    if dtype not in FLOATS:
+        raise ModelError(f"{name} has dtype {_short(dtype)}, which is not a weight's (fp32, bf16, fp16, fp64)", tensors.folder)
+
+
+def _require_equal(tensors: TensorFolder, a: str, b: str) -> None:
+    """Whole tensors are compared on every rank: a difference anywhere must be known to all."""
+    if tensors.specs[a] != tensors.specs[b] or not torch.equal(tensors.read(a), tensors.read(b)):
+        message = f"{a} and {b} differ, but config.json ties them; set tie_word_embeddings to false there to keep both"
+        raise ModelError(message, tensors.folder)
+
+
+@torch.no_grad()
+def _copy(p: Tensor, tensors: TensorFolder, name: str) -> None:
+    where = region(p)
+    if all(s.start < s.stop for s in where):
+        local(p).copy_(tensors.read(name, where))
+
+
+# -------------------------------------------------------------------------------------------------------------------- out
+
+
+def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """weight: [out, in], a: [r, in], b: [out, r] on the CPU -> weight + scale * b a, fp32."""
+    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
+
+
+def export_full(
+    net: nn.Module,
+    out: str | Path,
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer: str | Path | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes the model in Hugging Face layout, adapters merged in. A collective.
+
+    Names and dtypes are those of `source`, the folder the model came from; `dtype` overrides the dtypes (and is then noted in
+    config.json), and where the source has no weights its config.json's counts. Everything else is copied from `source`
+    unchanged: config.json, generation_config.json, tensors that are not ours (a vision tower), and the tokenizer's files,
+    which `tokenizer` replaces by another folder's.
+
+    Raises:
+        ModelError: see `publish`.
+    """
+    layout, value = _full(net, Path(source), dtype)
+    files = pass_through(Path(source), MODEL_FILES) | pass_through(Path(tokenizer or source), TOKENIZER_FILES)
+    if "config.json" not in files:
+        raise ModelError("has no config.json to copy into the export", source)
+    if dtype is not None:
+        files["config.json"] = config_with_dtype(Path(source) / "config.json", dtype)
+    publish(out, layout, value, files, shard_bytes=shard_bytes, overwrite=overwrite)
+
+
+def verify_full(folder: str | Path, net: nn.Module, source: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Reads an export and compares it with the live model, byte by byte. A collective.
+
+    `export_full` does this before it publishes; this is for a folder that has lain around.
+
+    Raises:
+        ModelError: it is not this model.
+    """
+    compare(Path(folder), *_full(net, Path(source), dtype))
+
+
+def _full(net: nn.Module, source: Path, dtype: torch.dtype | None) -> tuple[Layout, Value]:
+    parameters = dict(parameters_at_rest(net))
+    linears = adapted(net)
+    stored = TensorFolder(source) if has_weights(source) else None
+    known: Layout = stored.specs if stored else {}
+    names = NameMap.of(net, known)
+    fallback = DTYPE_NAMES.get(net.arch.dtype, torch.float32)
+    ours = {names.to_hf(name): name for name in parameters if not is_adapter(name)}
+    asides = [n for n in known if (rule := names.aside(n)) is not None and rule.keep]
+    layout = {
+        hf: Spec(dtype or (known[hf].dtype if hf in known else fallback), tuple(parameters[name].shape)) for hf, name in ours.items()
+    } | {hf: known[hf] for hf in asides}
+
+    def value(hf: str) -> Tensor | None:
+        if hf not in ours:
+            return stored.read(hf) if leads() else None
+        name = ours[hf]
+        module = name.removesuffix(".weight")
+        parts = [parameters[name]]
+        if module in linears and name.endswith(".weight"):
+            parts += [parameters[f"{module}.lora_A.weight"], parameters[f"{module}.lora_B.weight"]]
+        whole = [full(p) for p in parts]
+        if not leads():
+            return None
+        weight, *factors = (w.cpu() for w in whole)
+        if factors:
+            weight = merge(weight, *factors, linears[module].adapter.scale)
+        return weight.to(layout[hf].dtype)
+
+    return layout, value
+
+
+def export_adapter(
+    net: nn.Module, out: str | Path, cfg: LoraConfig, base: str, *, tokenizer: str | Path | None = None, overwrite: bool = False
+) -> None:
+    """Writes what trains of a LoRA run in PEFT's layout, beside the files of `tokenizer` if given. A collective.
+
+    base: the path or hub id of the base model, as the adapter's users should load it.
+
+    Raises:
+        ModelError: see `publish`.
+    """
+    layout, value, modules = _adapter(net)
+    targets = _target_modules(net, NameMap.of(net))
+    files = pass_through(Path(tokenizer), TOKENIZER_FILES) if tokenizer else {}
+    files[peft_format.CONFIG] = peft_format.config_json(cfg, base, targets, modules)
+    publish(out, layout, value, files, stem=peft_format.STEM, shard_bytes=2**63, overwrite=overwrite)
+
+
+def verify_adapter(folder: str | Path, net: nn.Module) -> None:
+    """Reads an adapter folder and compares it with the live model, byte by byte. A collective.
+
+    Raises:
+        ModelError: it is not this model's.
+    """
+    layout, value, _ = _adapter(net)
+    compare(Path(folder), layout, value, peft_format.STEM)
+
+
+def _adapter(net: nn.Module) -> tuple[Layout, Value, list[str]]:
+    """Layout and values of what trains, and the modules among it that train in full."""
+    names = NameMap.of(net)
+    ours = {PREFIX + names.to_hf(name): name for name, p in parameters_at_rest(net) if p.requires_grad or is_adapter(name)}
+    if net.lm_head is None and EMBEDDING in ours.values():  # PEFT keeps two copies of a tied tensor, and saves both
+        ours[PREFIX + names.to_hf(HEAD)] = EMBEDDING
+    modules = [hf.removeprefix(PREFIX).rsplit(".", 1)[0] for hf, name in ours.items() if not is_adapter(name)]
+    parameters = dict(net.named_parameters())
+    layout = {hf: Spec(parameters[name].dtype, tuple(parameters[name].shape)) for hf, name in ours.items()}
+
+    def value(hf: str) -> Tensor | None:
+        whole = full(parameters[ours[hf]])
+        _require_all_rows(hf, whole, parameters[ours[hf]])
+        return whole.cpu() if leads() else None
+
+    return layout, value, list(dict.fromkeys(modules))
+
+
+def _require_all_rows(name: str, whole: Tensor, p: Tensor) -> None:
+    """B starts at zero, and a trained B has no zero rows: one rank's rows all zero beside others that are not would mean
+    that only some shards trained or were gathered, which nothing later would show."""
+    if not name.endswith(".lora_B.weight") or not isinstance(p, DTensor):
+        return
+    used = [bool(chunk.any()) for chunk in whole.chunk(p.device_mesh.size(-1)) if len(chunk) >= 8]
+    if any(used) and not all(used):
+        raise ModelError(f"{name}: the rows of one rank are all zero and others are not; not every shard has trained")
+
+
+def _target_modules(net: nn.Module, names: NameMap) -> list[str]:
+    """Leaf names where those select exactly the adapted linears, whole names otherwise."""
+    linears = list(adapted(net))
+    leaves = tuple(leaf_names(linears))
+    return list(leaves) if list(select_linears(net, leaves)) == linears else [names.to_hf(n) for n in linears]
+
+
+def has_weights(folder: Path) -> bool:
+    return any((folder / f"model.safetensors{end}").exists() for end in ("", ".index.json"))
+
+
+def pass_through(folder: Path, names: tuple[str, ...]) -> dict[str, Path]:
+    """Those of the files that the folder has."""
+    return {name: folder / name for name in names if (folder / name).is_file()}
+
+
+def config_with_dtype(path: Path, dtype: torch.dtype) -> bytes:
+    """config.json with its dtype replaced, under the key it uses, and nothing else changed."""
+    config = read_json(path)
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and (part is config or "dtype" in part or "torch_dtype" in part):
+            part["torch_dtype" if "torch_dtype" in part else "dtype"] = _short(dtype)
+    return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

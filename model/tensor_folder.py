@@ -1,0 +1,435 @@
+"""Folders of safetensors files: reading slices of one, and writing one so that it is complete or absent.
+
+A file is 8 bytes (header length, little endian), a JSON header {name: {dtype, shape, data_offsets}} and the payload
+(https://github.com/huggingface/safetensors#format). The header follows from names, dtypes and shapes alone, so a file of any
+size is written tensor by tensor with one tensor in memory. Reading goes through the safetensors library: it maps the file and
+copies what is asked for, and it refuses a header that does not cover the file exactly.
+
+Folders come from strangers: only regular `.safetensors` files directly inside a folder are opened (a link may lead out of it
+only into the blobs of the hub cache the folder is in), and JSON is bounded before it is parsed.
+
+Nothing here knows a model. `publish` and `compare` take `value(name)`, which may be a collective: then every rank calls them,
+the first rank alone writes or reads, and its outcome is everyone's.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import stat
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from runtime.errors import ModelError, UserError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+MAX_JSON = 64 << 20  # bytes of an index or config
+SHARD_BYTES = 5_000_000_000
+CHECKSUMS = "checksums.json"
+FORMAT = "salamander export 1"
+
+
+class Spec(NamedTuple):
+    """A tensor without its values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+Layout = dict[str, Spec]
+Value = Callable[[str], Tensor | None]  # called for every name in order; only the first rank's answer counts
+
+
+# ---------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object of bounded size without repeated keys.
+
+    Raises:
+        ModelError: it is not one.
+    """
+
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a key is repeated")
+        return found
+
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise ModelError(f"is larger than {MAX_JSON >> 20} MiB; this is no such file", path)
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except (ValueError, RecursionError, OSError) as e:
+        raise ModelError(f"not readable as JSON: {e}", path) from None
+    if not isinstance(values, dict):
+        raise ModelError("must hold a JSON object", path)
+    return values
+
+
+def confined(folder: Path, name: str, named_by: Path) -> Path:
+    """The file `name` of `folder`.
+
+    Raises:
+        ModelError: it lies elsewhere, is missing, or is no regular file.
+    """
+    if name != os.path.basename(name) or not name.endswith(".safetensors") or "\\" in name or "\0" in name:
+        raise ModelError(f"names {name[:80]!r}; only .safetensors files of its own folder are read", named_by)
+    home, real = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / name))
+    in_hub_cache = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+    if real.parent != home and not in_hub_cache:
+        raise ModelError(f"is a link to {real}, outside its folder; use the folder that holds the file, or copy it", folder / name)
+    try:
+        mode = real.stat().st_mode
+    except OSError:
+        raise ModelError(f"no such file, but {named_by.name} names it; the download or copy is incomplete", folder / name) from None
+    if not stat.S_ISREG(mode):
+        raise ModelError("is no regular file", folder / name)
+    return folder / name
+
+
+class TensorFolder:
+    """The tensors of `<stem>.safetensors`, or of the files that `<stem>.safetensors.index.json` names.
+
+    specs: name -> Spec, from the headers of all files, so whatever is wrong with any of them shows on every rank alike.
+    """
+
+    def __init__(self, folder: str | Path, stem: str = "model"):
+        self.folder = Path(folder)
+        self.specs: Layout = {}
+        self._files: dict[str, safe_open] = {}  # tensor name -> open file
+        single, index = self.folder / f"{stem}.safetensors", self.folder / f"{stem}.safetensors.index.json"
+        if os.path.lexists(single):  # the order in which transformers looks
+            self._open(single.name, None, single)
+        elif index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+                raise ModelError("has no weight_map of tensor names to file names", index)
+            for file in sorted(set(weight_map.values())):
+                self._open(file, {name for name, at in weight_map.items() if at == file}, index)
+        else:
+            raise ModelError(f"no {single.name} and no {index.name}{self._pickles()}", self.folder)
+
+    def _pickles(self) -> str:
+        found = sorted(p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
+        if not found:
+            return ""
+        return f", only {found[0]}: pickled weights can run code when loaded and are not read; convert them to safetensors"
+
+    def _open(self, name: str, wanted: set[str] | None, named_by: Path) -> None:
+        path = confined(self.folder, name, named_by)
+        try:
+            file = safe_open(path, "pt").__enter__()
+        except (SafetensorError, OSError) as e:
+            raise ModelError(f"damaged or incomplete safetensors file ({e}); fetch it again", path) from None
+        held = set(file.keys())
+        if wanted is not None and (absent := wanted - held):
+            raise ModelError(f"does not hold {listed(absent)}, which {named_by.name} says it does", path)
+        for key in sorted(held if wanted is None else wanted):
+            entry = file.get_slice(key)
+            if (code := entry.get_dtype()) not in DTYPES:
+                raise ModelError(f"{key} has dtype {code}, which is not supported", path)
+            self.specs[key] = Spec(DTYPES[code], tuple(entry.get_shape()))
+            self._files[key] = file
+
+    def read(self, name: str, where: tuple[slice, ...] | None = None) -> Tensor:
+        """A tensor or a slice of it: a view of the mapped file, so only what is then copied is read from disk."""
+        if where is None or not self.specs[name].shape:
+            return self._files[name].get_tensor(name)
+        return self._files[name].get_slice(name)[where]
+
+
+def listed(names: Iterable[str], limit: int = 3) -> str:
+    """`a, b, c and 7 more`."""
+    names = sorted(names)
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------- writing
+
+
+class _File:
+    """One safetensors file, written front to back."""
+
+    def __init__(self, path: Path, layout: Layout):
+        header: dict = {"__metadata__": {"format": "pt"}}  # older transformers refuse a file without it
+        at = 0
+        for name, spec in layout.items():
+            header[name] = {"dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]}
+            at += spec.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # payload aligned to 8 bytes, as the format asks
+        self.file = open(path, "xb")  # noqa: SIM115 (closed by close)
+        self.crc = self.size = 0
+        self.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.file.write(data)
+        self.crc, self.size = zlib.crc32(data, self.crc), self.size + len(data)
+
+    def close(self) -> dict:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return {"bytes": self.size, "crc32": f"{self.crc:08x}"}
+
+
+class _Draft:
+    """A folder under a temporary name beside its final one; `publish` renames it. What is not published is removed."""
+
+    def __init__(self, out: Path, layout: Layout, stem: str, files: dict[str, bytes | Path], shard_bytes: int, overwrite: bool):
+        self.out, self.layout, self.stem = out, layout, stem
+        if out.exists() and not out.is_dir():
+            raise ModelError("is a file; an export is a folder", out)
+        if not overwrite and not _ours(out):
+            raise ModelError("exists and is not an earlier export of ours; choose another folder, or ask to overwrite it", out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for stale in out.parent.glob(f".{out.name}.draft-*"):  # of an export that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+        need, free = sum(spec.nbytes for spec in layout.values()), shutil.disk_usage(out.parent).free
+        if need > free:
+            raise ModelError(f"the export needs {need / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free", out)
+        self.sums: dict[str, dict] = {}
+        self.shards = _split(layout, shard_bytes)
+        self.current, self.left = None, 0
+        self.folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.draft-", dir=out.parent))
+        self.folder.chmod(0o777 & ~_umask())  # mkdtemp makes it private; the result is an ordinary folder
+        for name, content in files.items():
+            self._add(name, content.read_bytes() if isinstance(content, Path) else content)
+
+    def _add(self, name: str, content: bytes) -> None:
+        with open(self.folder / name, "xb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        self.sums[name] = {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
+
+    def _file_name(self, index: int) -> str:
+        count = len(self.shards)
+        return f"{self.stem}.safetensors" if count == 1 else f"{self.stem}-{index + 1:05d}-of-{count:05d}.safetensors"
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """The next tensor of the layout."""
+        spec = self.layout[name]
+        assert (tensor.dtype, tuple(tensor.shape)) == spec, f"{name}: {tensor.dtype} {tuple(tensor.shape)} for {spec}"
+        if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.isfinite().all():
+            raise ModelError(f"{name} is not finite in {str(tensor.dtype).removeprefix('torch.')}: it diverged, or needs a wider dtype")
+        if not self.left:
+            self.index = len([s for s in self.sums if s.endswith(".safetensors")])
+            self.current = _File(self.folder / self._file_name(self.index), self.shards[self.index])
+            self.left = len(self.shards[self.index])
+        self.current.write(memoryview(octets(tensor).numpy()))
+        self.left -= 1
+        if not self.left:
+            self.sums[self._file_name(self.index)] = self.current.close()
+
+    def finish(self) -> None:
+        """The index and the checksums: all that is missing once every tensor was put."""
+        assert not self.left and sum(map(len, self.shards)) == len(self.layout)
+        if len(self.shards) > 1:
+            where = {name: self._file_name(i) for i, shard in enumerate(self.shards) for name in shard}
+            total = sum(spec.nbytes for spec in self.layout.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+            self._add(f"{self.stem}.safetensors.index.json", json.dumps(index, indent=2).encode() + b"\n")
+        self._add(CHECKSUMS, json.dumps({"format": FORMAT, "files": dict(sorted(self.sums.items()))}, indent=2).encode() + b"\n")
+
+    def publish(self) -> None:
+        _sync(self.folder)
+        old, ours = None, _ours(self.out)
+        if self.out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f"{self.out.name}.replaced-", dir=self.out.parent))
+            self.out.rename(old)
+        self.folder.rename(self.out)
+        _sync(self.out.parent)
+        if old is not None and ours:  # what is not ours stays where it was moved to
+            shutil.rmtree(old)
+
+    def discard(self) -> None:
+        if self.current is not None:
+            self.current.file.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _split(layout: Layout, limit: int) -> list[Layout]:
+    """Consecutive shards of at most `limit` bytes; a larger tensor has one to itself."""
+    shards: list[Layout] = [{}]
+    size = 0
+    for name, spec in layout.items():
+        if size + spec.nbytes > limit and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = spec
+        size += spec.nbytes
+    return shards
+
+
+def _ours(out: Path) -> bool:
+    """Nothing lies there, or only what an earlier export of ours wrote, so that replacing it destroys nothing else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return True
+    try:
+        record = json.loads((out / CHECKSUMS).read_text(encoding="utf-8"))
+        return record["format"] == FORMAT and {p.name for p in out.iterdir()} <= {CHECKSUMS, *record["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def octets(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor in row-major order: [nbytes] uint8 on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+# -------------------------------------------------------------------------------------------------- one outcome for all ranks
+
+
+def leads() -> bool:
+    """Is this the one process that writes?"""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def agree(error: Exception | None) -> None:
+    """Raises the first rank's error on every rank, or returns on every rank. A collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        if error is not None:
+            raise error
+        return
+    text = b"" if error is None else f"{int(isinstance(error, UserError))}{error}".encode()
+    size = torch.tensor([len(text)])
+    dist.broadcast(size, 0)
+    if not size.item():
+        return
+    message = torch.tensor(list(text), dtype=torch.uint8) if leads() else torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(message, 0)
+    if error is not None:
+        raise error
+    text = bytes(message.tolist()).decode()
+    raise ModelError(text[1:]) if text[0] == "1" else RuntimeError(f"rank 0: {text[1:]}")
+
+
+def _try(work: Callable, *args) -> Exception | None:
+    """The exception of `work`, so that a collective can go on to its end before everyone hears of it."""
+    try:
+        work(*args)
+        return None
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            return ModelError(f"cannot be written: {e.strerror}", e.filename)
+        return e
+    except Exception as e:
+        return e
+
+
+def publish(
+    out: str | Path,
+    layout: Layout,
+    value: Value,
+    files: dict[str, bytes | Path],
+    *,
+    stem: str = "model",
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Writes the folder `out`: tensors `value(name)` for every name of `layout`, in order, and small `files` (content or source).
+
+    Under a temporary name it is written, flushed, read back and compared byte by byte with `value(name)` once more; only
+    then is it renamed. An earlier export of ours in `out` is replaced; with `overwrite` anything else there is moved aside,
+    never deleted. A collective if `value` is one.
+
+    Raises:
+        ModelError: `out` is occupied, the disk is full, or what was read back is not what was written.
+    """
+    draft: _Draft | None = None
+    error: Exception | None = None
+
+    def start() -> None:
+        nonlocal draft
+        draft = _Draft(Path(os.path.realpath(out)), layout, stem, files, shard_bytes, overwrite)
+
+    try:
+        if leads():
+            error = _try(start)
+        agree(error)
+        for name in layout:
+            tensor = value(name)
+            if draft and error is None:
+                error = _try(draft.put, name, tensor)
+        if draft and error is None:
+            error = _try(draft.finish)
+        agree(error)
+        compare(draft.folder if draft else None, layout, value, stem)
+        agree(_try(draft.publish) if draft else None)
+    finally:
+        if draft:
+            draft.discard()
+
+
+def compare(folder: Path | None, layout: Layout, value: Value, stem: str = "model") -> None:
+    """Reads a written folder and compares every tensor with `value(name)`, byte by byte. A collective if `value` is one.
+
+    Raises:
+        ModelError: names, dtypes, shapes or bytes differ.
+    """
+    error: Exception | None = None
+    stored: TensorFolder | None = None
+
+    def start() -> None:
+        nonlocal stored
+        stored = TensorFolder(folder, stem)
+        if stored.specs != layout:
+            differing = {n for n in stored.specs.keys() | layout.keys() if stored.specs.get(n) != layout.get(n)}
+            raise ModelError(f"{listed(differing)}: not the tensors that were exported", folder)
+
+    def check(name: str, tensor: Tensor) -> None:
+        if not torch.equal(octets(stored.read(name)), octets(tensor)):
+            raise ModelError(f"{name} reads back differently from what was exported; the disk or file system is at fault", folder)
+
+    if leads():
+        error = _try(start)
+    agree(error)
+    for name in layout:
+        tensor = value(name)
+        if leads() and error is None:
+            error = _try(check, name, tensor)
+    agree(error)
