@@ -114,10 +114,18 @@ class _LinearLogprob(torch.autograd.Function):
             if dh is not None:
                 torch.mm(dz, w, out=dh[c])
             if dw is not None:
-                dw += _mm(dz.T, h[c])
+                _accumulate(dw, dz, h[c])
         if dh is not None and kept is not None:
             dh = torch.zeros_like(hidden).index_copy_(0, kept, dh)
         return dh, None if dw is None else dw.to(weight.dtype), None, None, None
+
+
+def _accumulate(dw: Tensor, dz: Tensor, h: Tensor) -> None:
+    """dw [V, D] += dz^T h, summed in the dtype of dw. dz: [C, V], h: [C, D]."""
+    if dz.is_cuda and dz.dtype != dw.dtype:
+        dw.add_(_mm(dz.T, h))
+    else:
+        dw.addmm_(dz.T.to(dw.dtype), h.to(dw.dtype))
 
 
 def _kept(labels: Tensor) -> Tensor | None:

@@ -35,6 +35,12 @@ class AttnContext:
         self._masks: dict[Kind, Tensor] = {}
 
     @cached_property
+    def borders(self) -> list[int]:
+        """`cu_seqlens` on the host. The device must be the CPU's, or the host would wait for it in every block."""
+        assert self.cu_seqlens.device.type == "cpu", f"borders asked for on {self.cu_seqlens.device}"
+        return self.cu_seqlens.tolist()
+
+    @cached_property
     def documents(self) -> Tensor:
         """[T] int: the number of the document each slot belongs to."""
         slots = torch.arange(self.positions.numel(), device=self.positions.device, dtype=self.cu_seqlens.dtype)

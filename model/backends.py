@@ -1,12 +1,12 @@
-"""Attention backends: who computes softmax(q k^T) v over packed documents (the protocol is in model/attention.py).
+"""Attention backends: who computes softmax(q k^T) v over packed documents. The protocol is `Backend` in model/attention.py.
 
     sdpa     torch's scaled_dot_product_attention with the [T, T] mask spelled out: any device and dtype, memory O(T^2).
              The reference.
-    varlen   no mask: documents by their borders, memory O(T). CUDA: torch.nn.attention.varlen (flash attention, fp16 and
-             bf16). CPU: kernels/attention.py.
+    varlen   no mask: documents by their borders, memory O(T). CUDA: flash attention through torch.nn.attention.varlen.
+             CPU: kernels/attention.py.
 
 Both keep documents apart and honour windows. A backend that cannot compute a model says why and is refused; `auto` takes
-varlen where it can, else sdpa, and the report says which.
+varlen where it can, else sdpa, and the report says which and why.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from kernels.attention import varlen_cpu, varlen_cuda, varlen_cuda_unsupported
 from model.arch import Arch, Kind
+from runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    from model.attention import AttnContext
+    from model.attention import AttnContext, Backend
+
+KINDS = ("full", "window")
 
 
 class Sdpa:
     name = "sdpa"
 
     def unsupported(self, arch: Arch, device: torch.device, dtype: torch.dtype) -> str | None:
-        return None
+        return _unknown_kind(arch)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, ctx: AttnContext, kind: Kind, scale: float) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, T, H]
@@ -35,4 +39,48 @@ class Sdpa:
         return out[0].transpose(0, 1)
 
 
-SDPA = Sdpa()
+class Varlen:
+    name = "varlen"
+
+    def unsupported(self, arch: Arch, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type == "cpu":
+            return _unknown_kind(arch)
+        if device.type == "cuda":
+            return _unknown_kind(arch) or varlen_cuda_unsupported(arch.head_dim, dtype, device)
+        return f"it has no kernel for device {device.type}"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, ctx: AttnContext, kind: Kind, scale: float) -> Tensor:
+        if q.is_cuda:
+            return varlen_cuda(q, k, v, ctx.cu_seqlens, ctx.max_seqlen, kind.size, scale)
+        return varlen_cpu(q, k, v, ctx.borders, kind.size, scale)
+
+
+SDPA, VARLEN = Sdpa(), Varlen()
+BACKENDS = {b.name: b for b in (SDPA, VARLEN)}
+
+
+def _unknown_kind(arch: Arch) -> str | None:
+    return next((f"it does not compute attention of kind {kind.name}" for kind in arch.kinds if kind.name not in KINDS), None)
+
+
+def choose(name: str, arch: Arch, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
+    """The backend for `kernels.attention = name` (`auto` or one of BACKENDS), and why it is that one.
+
+    Raises:
+        ConfigError: the one asked for cannot compute this model on this device in this dtype.
+    """
+    if name == "auto":
+        reason = VARLEN.unsupported(arch, device, dtype)
+        return (VARLEN, "auto") if reason is None else (SDPA, f"auto; varlen cannot: {reason}")
+    reason = BACKENDS[name].unsupported(arch, device, dtype)
+    if reason is not None:
+        raise ConfigError(f"cannot compute {arch.name or arch.family}: {reason}; use auto", "kernels.attention", name)
+    return BACKENDS[name], "as asked"
+
+
+def install(net: nn.Module, name: str, device: torch.device | str, dtype: torch.dtype) -> str:
+    """Fills the `backend` slot of every attention of `net`. Returns a line for the start-up report."""
+    backend, why = choose(name, net.arch, torch.device(device), dtype)
+    for block in net.model.layers:
+        block.self_attn.fill("backend", backend, "kernels.attention")
+    return f"attention: {backend.name} ({why})"
