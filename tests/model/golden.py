@@ -92,9 +92,10 @@ def fresh(arch: Arch, seed: int = 0, dtype: torch.dtype = torch.float32) -> Deco
     net.reset_buffers("cpu")
     net.compute_dtype = dtype
     generator = torch.Generator().manual_seed(seed)
-    for p in net.parameters():
-        value = torch.randn(p.shape, generator=generator) * (p.shape[-1] ** -0.5 if p.ndim > 1 else 0.3)
-        p.data.copy_(value + (1.0 if p.ndim == 1 else 0.0))
+    for module in net.modules():
+        for p in module.parameters(recurse=False):
+            spread = p.shape[-1] ** -0.5 if p.ndim > 1 else 0.3
+            p.data.copy_(torch.randn(p.shape, generator=generator) * spread + getattr(module, "initial", 0.0))
     return net
 
 
