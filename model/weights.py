@@ -59,6 +59,7 @@ class NameMap:
     """
 
     def __init__(self, rules: tuple[Rename | Aside, ...], theirs: Collection[str] = ()):
+        self.rules = rules
         self.asides = [r for r in (*rules, *COMMON) if isinstance(r, Aside)]
         self.prefixes: list[tuple[str, str]] = []  # (ours, theirs)
         for rule in rules:

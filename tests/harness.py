@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # fully_shard imports it: seconds once here instead of in every rank
 import torch.distributed as dist
 
 
