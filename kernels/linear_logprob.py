@@ -15,14 +15,32 @@ but only for sums). The idea of chunking is that of apple/ml-cross-entropy (arXi
 Logits and log-probs are fp32 (fp64 for fp64 inputs), dW accumulates in it. Rows whose label is negative give 0 and get no
 gradient; on the CPU they are left out of the products. On CUDA they are computed and zeroed, since to leave them out the
 host would have to wait for their number.
+
+Split over the vocabulary (each rank holds some rows of W), a rank computes the log-sum-exp and the chosen logit of its part;
+two sums and a maximum over [T] combine them, in the forward only. dh is then this rank's part of a sum.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+class Vocabulary(Protocol):
+    """How the rows of W are split over ranks."""
+
+    first: int  # the row of the full matrix that this rank's first row is
+
+    def sum(self, x: Tensor) -> Tensor: ...
+
+    def max(self, x: Tensor) -> Tensor: ...
+
+    def join(self, logits: Tensor) -> Tensor: ...
+
 
 # Bytes of one [rows, V] buffer of logits; up to three live at once (the product's output, its copy, a derivative).
 BUDGET = {"cuda": 1 << 30, "cpu": 1 << 24}
@@ -37,7 +55,14 @@ def linear_logprob_ref(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: 
     return torch.where(labels >= 0, logp, 0.0)
 
 
-def linear_logprob(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None, budget: int | None = None) -> Tensor:
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    softcap: float | None = None,
+    budget: int | None = None,
+    split: Vocabulary | None = None,
+) -> Tensor:
     """log p(label) per row.
 
     Args:
@@ -46,13 +71,14 @@ def linear_logprob(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: floa
         labels: [T] int64; negative: the row counts for nothing.
         softcap: cap of the logits, or None.
         budget: bytes of one buffer of logits; default by device.
+        split: `weight` holds only some rows of the vocabulary; None: all.
 
     Returns:
         [T] fp32 (fp64 for fp64 `hidden`).
     """
     budget = budget or BUDGET.get(hidden.device.type, BUDGET["cpu"])
     rows = max(16, budget // (4 * weight.shape[0]))
-    return _LinearLogprob.apply(hidden, weight, labels, softcap, rows)
+    return _LinearLogprob.apply(hidden, weight, labels, softcap, rows, split)
 
 
 def _logits(h: Tensor, w: Tensor, softcap: float | None) -> Tensor:
@@ -74,9 +100,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, rows: int) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, rows: int, split: Vocabulary | None) -> Tensor:
         kept = _kept(labels)
-        h, label = _take(hidden, kept), _take(labels, kept).clamp(min=0)
+        h = _take(hidden, kept)
+        label, held = _held(_take(labels, kept), weight, split)
         w = weight.to(hidden.dtype)
         lse = torch.empty(h.shape[0], dtype=_wide(h.dtype), device=h.device)
         chosen = torch.empty_like(lse)
@@ -85,8 +112,12 @@ class _LinearLogprob(torch.autograd.Function):
             top = z.amax(1, keepdim=True)
             chosen[c] = z.gather(1, label[c, None])[:, 0]
             lse[c] = z.sub_(top).exp_().sum(1).log_() + top[:, 0]  # z.sub_ in place: one buffer, not three
+        if split is not None:
+            chosen = split.sum(chosen.masked_fill_(~held, 0.0))
+            top = split.max(lse)
+            lse = split.sum((lse - top).exp_()).log_() + top
         ctx.save_for_backward(hidden, weight, labels, lse)
-        ctx.softcap, ctx.rows = softcap, rows
+        ctx.softcap, ctx.rows, ctx.split = softcap, rows, split
         logp = chosen - lse
         if kept is None:
             return torch.where(labels >= 0, logp, 0.0)
@@ -99,7 +130,8 @@ class _LinearLogprob(torch.autograd.Function):
         kept = _kept(labels)
         h, label = _take(hidden, kept), _take(labels, kept)
         g = torch.where(label >= 0, _take(grad, kept), 0.0)[:, None]
-        label = label.clamp(min=0)[:, None]
+        label, held = _held(label, weight, ctx.split)
+        label, chosen = label[:, None], g * held[:, None]
         w = weight.to(hidden.dtype)
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         dw = torch.zeros(weight.shape, dtype=_wide(weight.dtype), device=weight.device) if ctx.needs_input_grad[1] else None
@@ -107,7 +139,7 @@ class _LinearLogprob(torch.autograd.Function):
             z = _logits(h[c], w, ctx.softcap)
             slope = None if ctx.softcap is None else (z / ctx.softcap).square_().neg_().add_(1)
             dz = z.sub_(lse[c, None]).exp_().mul_(-g[c])
-            dz.scatter_add_(1, label[c], g[c])
+            dz.scatter_add_(1, label[c], chosen[c])
             if slope is not None:
                 dz.mul_(slope)
             dz = dz.to(h.dtype)
@@ -117,7 +149,14 @@ class _LinearLogprob(torch.autograd.Function):
                 _accumulate(dw, dz, h[c])
         if dh is not None and kept is not None:
             dh = torch.zeros_like(hidden).index_copy_(0, kept, dh)
-        return dh, None if dw is None else dw.to(weight.dtype), None, None, None
+        return dh, None if dw is None else dw.to(weight.dtype), None, None, None, None
+
+
+def _held(label: Tensor, weight: Tensor, split: Vocabulary | None) -> tuple[Tensor, Tensor]:
+    """Labels as rows of `weight`, 0 where there is none here, and whether there is one. [C] int64, [C] bool."""
+    row = label if split is None else label - split.first
+    held = (label >= 0) & (row >= 0) & (row < weight.shape[0])
+    return torch.where(held, row, 0), held
 
 
 def _accumulate(dw: Tensor, dz: Tensor, h: Tensor) -> None:

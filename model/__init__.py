@@ -47,7 +47,7 @@ def load_pretrained(
     import torch
 
     from model.arch import Arch
-    from model.backends import install
+    from model.config import KernelsConfig
     from model.hub import fetch
     from model.safetensors_io import adapter_config, materialize
     from model.transforms.lora import apply_lora
@@ -56,7 +56,7 @@ def load_pretrained(
     net = build(Arch.from_folder(folder))
     if adapter is not None:
         apply_lora(net, adapter_config(net, adapter))
-    install(net, "auto", device, dtype)
+    net.use_kernels(KernelsConfig(), device, dtype)
     net.to(dtype)
     net.compute_dtype = dtype
     materialize(net, device, 0, folder, adapter)

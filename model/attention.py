@@ -6,7 +6,6 @@ the last `size` of those (kind `window`). How that is computed is the backend's 
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -27,32 +26,26 @@ class AttnContext:
     max_seqlen: no document is longer.
     rope: for each rope of the model (cos, sin), each [T, 1, head_dim / 2].
 
-    Masks are made when first asked for, once per kind, and only by backends that need one.
+    What else a backend needs it makes from these in `prepare`, before the blocks run: masks, once per kind, or the borders on
+    the host.
     """
 
     def __init__(self, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, rope: list[tuple[Tensor, Tensor]]):
         self.positions, self.cu_seqlens, self.max_seqlen, self.rope = positions, cu_seqlens, max_seqlen, rope
-        self._masks: dict[Kind, Tensor] = {}
+        self.masks: dict[Kind, Tensor] = {}  # [T, T] bool: may query row see key column
+        self.borders: list[int] = []  # cu_seqlens on the host
 
-    @cached_property
-    def borders(self) -> list[int]:
-        """`cu_seqlens` on the host. The device must be the CPU's, or the host would wait for it in every block."""
-        assert self.cu_seqlens.device.type == "cpu", f"borders asked for on {self.cu_seqlens.device}"
-        return self.cu_seqlens.tolist()
-
-    @cached_property
-    def documents(self) -> Tensor:
-        """[T] int: the number of the document each slot belongs to."""
-        slots = torch.arange(self.positions.numel(), device=self.positions.device, dtype=self.cu_seqlens.dtype)
-        return torch.searchsorted(self.cu_seqlens[1:], slots, right=True)
-
-    def mask(self, kind: Kind) -> Tensor:
-        """[T, T] bool: may query row see key column."""
-        if kind not in self._masks:
+    def make_mask(self, kind: Kind) -> None:
+        if kind not in self.masks:
+            slots = torch.arange(self.positions.numel(), device=self.positions.device, dtype=self.cu_seqlens.dtype)
+            document = torch.searchsorted(self.cu_seqlens[1:], slots, right=True)
             distance = self.positions[:, None] - self.positions[None, :]
-            seen = (self.documents[:, None] == self.documents[None, :]) & (distance >= 0)
-            self._masks[kind] = seen & (distance < kind.size) if kind.name == "window" else seen
-        return self._masks[kind]
+            seen = (document[:, None] == document[None, :]) & (distance >= 0)
+            self.masks[kind] = seen & (distance < kind.size) if kind.name == "window" else seen
+
+    def make_borders(self) -> None:
+        """On the CPU only: a GPU's borders would stop the host until all work before them is done."""
+        self.borders = self.borders or self.cu_seqlens.tolist()
 
 
 class Backend(Protocol):
@@ -63,6 +56,9 @@ class Backend(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, ctx: AttnContext, kind: Kind, scale: float) -> Tensor:
         """q: [T, N, H]; k, v: [T, K, H] with N a multiple of K, head n using group n // (N / K) -> [T, N, H]."""
 
+    def prepare(self, ctx: AttnContext, kind: Kind) -> None:
+        """Makes in `ctx` what a call of this kind reads there. Outside the blocks, so that these compile as one graph."""
+
     def unsupported(self, arch: Arch, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this backend cannot compute this model there, or None. It must keep documents apart or refuse."""
 
@@ -71,6 +67,7 @@ class Attention(Slots):
     """Slot `backend`: see Backend."""
 
     slots = ("backend",)
+    TP = {"q_proj": "col", "k_proj": "col", "v_proj": "col", "o_proj": "row", "q_norm": "whole", "k_norm": "whole"}
 
     def __init__(self, arch: Arch, index: int):
         super().__init__()

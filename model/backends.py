@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.attention import varlen_cpu, varlen_cuda, varlen_cuda_unsupported
 from model.arch import Arch, Kind
@@ -33,9 +33,12 @@ class Sdpa:
     def unsupported(self, arch: Arch, device: torch.device, dtype: torch.dtype) -> str | None:
         return _unknown_kind(arch)
 
+    def prepare(self, ctx: AttnContext, kind: Kind) -> None:
+        ctx.make_mask(kind)
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, ctx: AttnContext, kind: Kind, scale: float) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, T, H]
-        out = F.scaled_dot_product_attention(q, k, v, ctx.mask(kind), scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        out = F.scaled_dot_product_attention(q, k, v, ctx.masks[kind], scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         return out[0].transpose(0, 1)
 
 
@@ -48,6 +51,10 @@ class Varlen:
         if device.type == "cuda":
             return _unknown_kind(arch) or varlen_cuda_unsupported(arch.head_dim, dtype, device)
         return f"it has no kernel for device {device.type}"
+
+    def prepare(self, ctx: AttnContext, kind: Kind) -> None:
+        if ctx.cu_seqlens.device.type == "cpu":
+            ctx.make_borders()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, ctx: AttnContext, kind: Kind, scale: float) -> Tensor:
         if q.is_cuda:
@@ -64,23 +71,15 @@ def _unknown_kind(arch: Arch) -> str | None:
 
 
 def choose(name: str, arch: Arch, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
-    """The backend for `kernels.attention = name` (`auto` or one of BACKENDS), and why it is that one.
+    """The backend for `kernels.attention = name` (`auto` or one of BACKENDS), and words for the report on why it is that one.
 
     Raises:
         ConfigError: the one asked for cannot compute this model on this device in this dtype.
     """
     if name == "auto":
         reason = VARLEN.unsupported(arch, device, dtype)
-        return (VARLEN, "auto") if reason is None else (SDPA, f"auto; varlen cannot: {reason}")
+        return (VARLEN, "") if reason is None else (SDPA, f" (not varlen: {reason})")
     reason = BACKENDS[name].unsupported(arch, device, dtype)
     if reason is not None:
         raise ConfigError(f"cannot compute {arch.name or arch.family}: {reason}; use auto", "kernels.attention", name)
-    return BACKENDS[name], "as asked"
-
-
-def install(net: nn.Module, name: str, device: torch.device | str, dtype: torch.dtype) -> str:
-    """Fills the `backend` slot of every attention of `net`. Returns a line for the start-up report."""
-    backend, why = choose(name, net.arch, torch.device(device), dtype)
-    for block in net.model.layers:
-        block.self_attn.fill("backend", backend, "kernels.attention")
-    return f"attention: {backend.name} ({why})"
+    return BACKENDS[name], ""

@@ -104,6 +104,10 @@ class CachedBackend:
     def unsupported(self, arch, device: torch.device, dtype: torch.dtype) -> str | None:
         return self.inner.unsupported(arch, device, dtype)
 
+    def prepare(self, ctx: AttnContext, kind: Kind) -> None:
+        if ctx.max_seqlen > 1:
+            self.inner.prepare(ctx, kind)
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, ctx: AttnContext, kind: Kind, scale: float) -> Tensor:
         """q: [T, N, H]; k, v: [T, K, H]. A row whose documents are all of length 1 is a step, any other a prefill."""
         cache = self.cache

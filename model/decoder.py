@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from model import families
 from model.arch import Arch
 from model.attention import AttnContext
+from model.backends import choose
+from model.config import KernelsConfig
 from model.embed import Embedding
 from model.head import Head, logits, token_logprobs
+from model.linear import here
 from model.norm import NORMS
 from model.rope import Rotary
 
@@ -36,6 +39,8 @@ class Row(NamedTuple):
 class Trunk(nn.Module):
     """Everything but the head."""
 
+    TP = {"embed_tokens": "vocab", "norm": "gather"}
+
     def __init__(self, arch: Arch):
         super().__init__()
         block = families.get(arch).Block
@@ -47,6 +52,8 @@ class Trunk(nn.Module):
     def forward(self, row: Row, dtype: torch.dtype) -> Tensor:
         """Hidden states after the final norm: [T, D] in `dtype`."""
         ctx = AttnContext(row.positions, row.cu_seqlens, row.max_seqlen, self.rotary(row.positions, dtype))
+        for block in self.layers:
+            block.self_attn.backend.prepare(ctx, block.self_attn.kind)
         h = self.embed_tokens(row.tokens, dtype)
         for block in self.layers:
             h = block(h, ctx)
@@ -55,6 +62,8 @@ class Trunk(nn.Module):
 
 class Decoder(nn.Module):
     """compute_dtype: dtype of activations; weights are cast to it where they are used."""
+
+    TP = {"lm_head": "vocab"}
 
     def __init__(self, arch: Arch):
         super().__init__()
@@ -67,16 +76,28 @@ class Decoder(nn.Module):
         """Computes what is neither loaded nor trained; call it after `to_empty`."""
         self.model.rotary.reset_buffers(device)
 
+    def use_kernels(self, cfg: KernelsConfig, device: torch.device | str, dtype: torch.dtype) -> str:
+        """Fills every attention's `backend` slot as the `[kernels]` section says. Returns a line for the start-up report.
+
+        Raises:
+            ConfigError: the backend asked for cannot compute this model on this device in this dtype.
+        """
+        backend, why = choose(cfg.attention, self.arch, torch.device(device), dtype)
+        for block in self.model.layers:
+            block.self_attn.fill("backend", backend, "kernels.attention")
+        return f"attention: {backend.name}{why}"
+
     def forward(self, row: Row, logits_at: Tensor | None = None) -> Tensor:
         """log p(labels[t] | all that slot t sees): [T] fp32, 0 where the label is negative.
 
         With `logits_at` ([M] int64, slots) the logits of those slots instead: [M, V] fp32.
         """
         h = self.model(row, self.compute_dtype)
-        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        weight = here(head.weight)
         if logits_at is not None:
-            return logits(h[logits_at], weight, self.arch.logit_softcap)
-        return token_logprobs(h, weight, row.labels, self.arch.logit_softcap)
+            return logits(h[logits_at], weight, self.arch.logit_softcap, head.shard)
+        return token_logprobs(h, weight, row.labels, self.arch.logit_softcap, head.shard)
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """[B, S] int64 -> [B, S, V] fp32; every row is a document of its own. For inspection and tests."""

@@ -22,6 +22,7 @@ class FeedForward(Slots):
     """Slot `impl`: a function `impl(ffn, x) -> [T, D]` over the parts of its Linears, where a fused one may go."""
 
     slots = ("impl",)
+    TP = {"gate_proj": "col", "up_proj": "col", "down_proj": "row"}
 
     def __init__(self, arch: Arch):
         super().__init__()

@@ -6,26 +6,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.linear_logprob import linear_logprob
+from kernels.linear_logprob import Vocabulary, linear_logprob
+from model.linear import Slots
 
 
-class Head(nn.Module):
-    """weight: [vocab, hidden]. Not a `Linear`: its product never happens as a whole, so it has no slots to fill."""
+class Head(Slots):
+    """weight: [vocab, hidden]. Not a `Linear`: its product never happens as a whole.
+
+    Slot `shard`: this rank holds some rows of the vocabulary (kernels/linear_logprob.py `Vocabulary`).
+    """
+
+    slots = ("shard",)
 
     def __init__(self, vocab: int, hidden: int):
         super().__init__()
+        self.shard = None
         self.weight = nn.Parameter(torch.empty(vocab, hidden))
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
-    """hidden: [T, D], weight: [V, D], labels: [T] int64 -> log p(label) [T] fp32, 0 where the label is negative."""
-    return linear_logprob(hidden, weight, labels, softcap)
+def token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None, split: Vocabulary | None = None) -> Tensor:
+    """hidden: [T, D], weight: [V, D], labels: [T] int64 -> log p(label) [T] fp32, 0 where the label is negative.
+
+    With `split`, `weight` is this rank's rows of the vocabulary.
+    """
+    return linear_logprob(hidden, weight, labels, softcap, split=split)
 
 
-def logits(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> Tensor:
+def logits(hidden: Tensor, weight: Tensor, softcap: float | None = None, split: Vocabulary | None = None) -> Tensor:
     """All logits: [M, D], [V, D] -> [M, V] fp32. For generation and inspection; training goes through token_logprobs."""
     z = F.linear(hidden, weight.to(hidden.dtype)).float()
+    if split is not None:
+        z = split.join(z)
     return z if softcap is None else softcap * torch.tanh(z / softcap)

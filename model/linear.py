@@ -26,6 +26,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 
 
 class Slots(nn.Module):
@@ -51,9 +52,20 @@ class Slots(nn.Module):
         setattr(self, slot, part)
 
 
+def here(p: Tensor) -> Tensor:
+    """What this rank computes with of a parameter: a plain tensor.
+
+    Under tensor parallelism parameters are DTensors. The gradient of a split one is this rank's own part; that of a
+    replicated one is a partial sum, because every rank used it on other rows or other heads.
+    """
+    if not isinstance(p, DTensor):
+        return p
+    return p.to_local(grad_placements=[Partial() if at.is_replicate() else at for at in p.placements])
+
+
 def dense(linear: Linear, dtype: torch.dtype) -> Tensor:
     """Default storage: the parameter itself, [out, in]."""
-    return linear.weight.to(dtype)
+    return here(linear.weight).to(dtype)
 
 
 class Linear(Slots):
@@ -78,7 +90,7 @@ class Linear(Slots):
         if self.shard is not None:
             y = self.shard.leave(y)
         if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
+            y = y + here(self.bias).to(y.dtype)
         return y
 
     def extra_repr(self) -> str:

@@ -4,12 +4,17 @@ Families differ in where they round and in what they store, and both show in bf1
 
     rms         y = w * round(x_hat)            llama, mistral, qwen; w starts at 1
     rms_offset  y = round(x_hat * (1 + w))      gemma; w starts at 0, so weight decay pulls the scale towards 1
+
+Slot `shard`: `leave(y)` after the norm. Under tensor parallelism norms work on this rank's rows, and one that feeds
+column-split linears hands them the rows of all ranks.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from model.linear import Slots, here
 
 
 def _normalized(x: Tensor, eps: float) -> Tensor:
@@ -18,18 +23,24 @@ def _normalized(x: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Slots):
     """x: [..., size] -> same shape and dtype; weight: [size]."""
 
+    slots = ("shard",)
     initial = 1.0  # what a fresh weight holds
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size))
+        self.shard = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight.to(x.dtype) * _normalized(x, self.eps).to(x.dtype)
+        y = self.scaled(x, here(self.weight))
+        return y if self.shard is None else self.shard.leave(y)
+
+    def scaled(self, x: Tensor, weight: Tensor) -> Tensor:
+        return weight.to(x.dtype) * _normalized(x, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
@@ -40,9 +51,9 @@ class OffsetRMSNorm(RMSNorm):
 
     initial = 0.0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def scaled(self, x: Tensor, weight: Tensor) -> Tensor:
         normalized = _normalized(x, self.eps)
-        return (normalized * (1.0 + self.weight.to(normalized.dtype))).to(x.dtype)
+        return (normalized * (1.0 + weight.to(normalized.dtype))).to(x.dtype)
 
 
 NORMS = {"rms": RMSNorm, "rms_offset": OffsetRMSNorm}

@@ -22,6 +22,7 @@ import stat
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -274,7 +275,8 @@ class _Draft:
 
     def discard(self) -> None:
         if self.current is not None:
-            self.current.file.close()
+            with suppress(OSError):  # closing flushes, which fails again on a full disk
+                self.current.file.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -348,14 +350,14 @@ def agree(error: Exception | None) -> None:
     raise ModelError(text[1:]) if text[0] == "1" else RuntimeError(f"rank 0: {text[1:]}")
 
 
-def _try(work: Callable, *args) -> Exception | None:
-    """The exception of `work`, so that a collective can go on to its end before everyone hears of it."""
+def _try(path: Path, work: Callable, *args) -> Exception | None:
+    """The exception of `work` on `path`, so that a collective can go on to its end before everyone hears of it."""
     try:
         work(*args)
         return None
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            return ModelError(f"cannot be written: {e.strerror}", e.filename)
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
+            return ModelError(f"cannot be written: {e.strerror}", e.filename or path)
         return e
     except Exception as e:
         return e
@@ -382,24 +384,25 @@ def publish(
     """
     draft: _Draft | None = None
     error: Exception | None = None
+    out = Path(os.path.realpath(out))
 
     def start() -> None:
         nonlocal draft
-        draft = _Draft(Path(os.path.realpath(out)), layout, stem, files, shard_bytes, overwrite)
+        draft = _Draft(out, layout, stem, files, shard_bytes, overwrite)
 
     try:
         if leads():
-            error = _try(start)
+            error = _try(out, start)
         agree(error)
         for name in layout:
             tensor = value(name)
             if draft and error is None:
-                error = _try(draft.put, name, tensor)
+                error = _try(out, draft.put, name, tensor)
         if draft and error is None:
-            error = _try(draft.finish)
+            error = _try(out, draft.finish)
         agree(error)
         compare(draft.folder if draft else None, layout, value, stem)
-        agree(_try(draft.publish) if draft else None)
+        agree(_try(out, draft.publish) if draft else None)
     finally:
         if draft:
             draft.discard()
@@ -426,10 +429,10 @@ def compare(folder: Path | None, layout: Layout, value: Value, stem: str = "mode
             raise ModelError(f"{name} reads back differently from what was exported; the disk or file system is at fault", folder)
 
     if leads():
-        error = _try(start)
+        error = _try(folder, start)
     agree(error)
     for name in layout:
         tensor = value(name)
         if leads() and error is None:
-            error = _try(check, name, tensor)
+            error = _try(folder, check, name, tensor)
     agree(error)

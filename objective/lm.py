@@ -7,6 +7,8 @@ So loss and gradients do not depend on how the documents were cut into micro-bat
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor, nn
 
@@ -35,3 +37,9 @@ def by_source(net: nn.Module, batch: Batch, sources: int) -> Tensor:
     sums[:, 0].index_add_(0, source[learned], -logp[learned].double())
     sums[:, 1].index_add_(0, source[learned], torch.ones_like(logp[learned], dtype=torch.float64))
     return sums
+
+
+def seed_dropout(seed: int, pack: int) -> None:
+    """Dropout masks derive from the run's seed and the pack's number alone: not from ranks, their order or a restart."""
+    digest = hashlib.blake2b(f"{seed}/dropout/{pack}".encode(), digest_size=7).digest()
+    torch.manual_seed(int.from_bytes(digest, "big"))

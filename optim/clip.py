@@ -13,6 +13,9 @@ from torch.distributed.tensor import DTensor
 def clip(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scales all gradients by min(1, max_norm / norm); max_norm = 0 only measures.
 
+    A gradient that is still a partial sum (of a parameter that tensor-parallel ranks replicate) is summed first, in place
+    of the partial one: a collective.
+
     Gradients are grouped by mesh and placements because torch's norm takes one kind at a time; a group's norm is reduced
     over its mesh by `full_tensor()`. Nothing is read back to the host.
 
@@ -22,6 +25,8 @@ def clip(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     groups: dict[object, list[Tensor]] = defaultdict(list)
     for p in parameters:
         if (g := p.grad) is not None:
+            if isinstance(g, DTensor) and g.placements != p.placements:
+                g = p.grad = g.redistribute(placements=p.placements)
             groups[(g.device_mesh, g.placements) if isinstance(g, DTensor) else None].append(g)
     norms = []
     for grads in groups.values():

@@ -14,13 +14,16 @@ class ParallelConfig:
 
     shard: Annotated[int, "Ranks that share one copy of the weights (FSDP2); -1 takes all ranks the other axes leave."] = -1
     replicate: Annotated[int, "Copies of the weights, each on `shard` ranks (HSDP); shard = 1 only replicates."] = 1
+    context: Annotated[int, "Ranks that share each row of tokens (context parallelism), for long documents."] = 1
+    tensor: Annotated[int, "Ranks that share each matrix (tensor and sequence parallelism); keep them within a node."] = 1
     timeout_s: Annotated[float, "Seconds a collective may wait for a missing rank before the run ends."] = 600.0
 
     def __post_init__(self):
         if self.shard < 1 and self.shard != -1:
             raise ConfigError("must be at least 1, or -1 for all ranks that are left", "shard", self.shard)
-        if self.replicate < 1:
-            raise ConfigError("must be at least 1", "replicate", self.replicate)
+        for axis in ("replicate", "context", "tensor"):
+            if getattr(self, axis) < 1:
+                raise ConfigError("must be at least 1", axis, getattr(self, axis))
         if self.timeout_s <= 0:
             raise ConfigError("must be positive", "timeout_s", self.timeout_s)
 

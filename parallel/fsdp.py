@@ -20,9 +20,10 @@ from parallel.mesh import Mesh
 
 def shard(net: nn.Module, blocks: list[nn.Module], mesh: Mesh, compute: torch.dtype) -> None:
     """Shards `net` in place over the mesh; parameters become DTensors (still on meta), state-dict names stay."""
-    if mesh.data_size == 1:
+    copies, parts = mesh.weights["replicate"].size(), mesh.weights["fsdp"].size()
+    if copies * parts == 1:
         return
-    grid = mesh.grid if mesh.size("replicate") > 1 else mesh.grid["shard"]
+    grid = mesh.weights["replicate", "fsdp"] if copies > 1 else mesh.weights["fsdp"]
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in (*blocks, net):
         fully_shard(unit, mesh=grid, mp_policy=policy)

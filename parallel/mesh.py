@@ -1,13 +1,20 @@
 """The mesh of ranks: named axes, their sizes, and the sums over them.
 
-Axes, outermost first: `replicate` (copies of the weights) x `shard` (ranks that hold one copy together). Both carry
-data: each rank of the product reads its own packs, and a loss or a gradient is a sum over all of them. A single device
-is a mesh of size 1; nothing asks how many ranks there are except to index the data.
+Axes, outermost first:
+
+    replicate   copies of the weights
+    shard       ranks that hold one copy together (FSDP2)
+    context     ranks that hold one row of tokens together
+    tensor      ranks that hold one matrix together; neighbours, so that they share a node
+
+Ranks along replicate and shard read packs of their own; those along context and tensor share one. Weights are sharded over
+shard x context (context ranks hold different tokens, so their gradients add up like any data rank's). A single device is a
+mesh of size 1: nothing else asks how many ranks there are.
 """
 
 from __future__ import annotations
 
-import math
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from parallel.config import ParallelConfig
 from runtime.errors import ConfigError
 
-AXES = ("replicate", "shard")
+AXES = ("replicate", "shard", "context", "tensor")
 
 
 def sizes(cfg: ParallelConfig, world: int) -> dict[str, int]:
@@ -26,60 +33,79 @@ def sizes(cfg: ParallelConfig, world: int) -> dict[str, int]:
     Raises:
         ConfigError: the sizes do not multiply to `world`.
     """
-    shard = cfg.shard
-    if shard == -1:
-        if world % cfg.replicate:
-            raise ConfigError(
-                f"does not divide the {world} ranks of this run; use {_nearest(world, cfg.replicate)}", "parallel.replicate", cfg.replicate
-            )
-        shard = world // cfg.replicate
-    if cfg.replicate * shard != world:
+    found = {axis: getattr(cfg, axis) for axis in AXES}
+    others = found["replicate"] * found["context"] * found["tensor"]
+    if found["shard"] == -1:
+        if world % others:
+            raise ConfigError(f"{_product(found)} does not divide the {world} ranks of this run; {_legal(found, world)}", "parallel")
+        found["shard"] = world // others
+    elif others * found["shard"] != world:
         raise ConfigError(
-            f"x parallel.replicate={cfg.replicate} makes {cfg.replicate * shard} ranks, but this run has {world}; "
-            f"set parallel.shard=-1 or start {cfg.replicate * shard} ranks",
-            "parallel.shard",
-            shard,
+            f"{_product(found)} makes {others * found['shard']} ranks, but this run has {world}; "
+            f"set parallel.shard=-1 or start {others * found['shard']} ranks",
+            "parallel",
         )
-    return {"replicate": cfg.replicate, "shard": shard}
+    return found
 
 
-def _nearest(world: int, wanted: int) -> int:
-    """The divisor of `world` closest to `wanted`."""
-    return min((d for d in range(1, world + 1) if world % d == 0), key=lambda d: abs(d - wanted))
+def _product(found: dict[str, int]) -> str:
+    return " x ".join(f"{axis}={n}" for axis, n in found.items() if n != 1 and n != -1) or "shard=1"
+
+
+def _legal(found: dict[str, int], world: int) -> str:
+    """What to change: the largest axis to the nearest size that divides what the others leave, or the number of ranks."""
+    axis = max((a for a in AXES if found[a] > 1), key=lambda a: found[a])
+    rest = 1
+    for other, n in found.items():
+        rest *= n if other != axis and n > 1 else 1
+    left = world // rest
+    if world % rest:
+        return f"start a multiple of {rest * found[axis]} ranks"
+    best = min((d for d in range(1, left + 1) if left % d == 0), key=lambda d: abs(d - found[axis]))
+    return f"use parallel.{axis}={best} or start a multiple of {rest * found[axis]} ranks"
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks of a run as a grid. `grid` is torch's mesh over AXES."""
+    """The ranks of a run as a grid, in two views.
 
-    grid: DeviceMesh
+    weights: replicate x fsdp x tensor, fsdp being shard x context: where parameters live.
+    tokens: data x context x tensor, data being replicate x shard: who computes which tokens.
+    """
+
+    weights: DeviceMesh
+    tokens: DeviceMesh
+    axes: dict[str, int]
     device: torch.device
 
     @classmethod
     def build(cls, cfg: ParallelConfig, device: torch.device) -> Mesh:
+        # torch warns of every reduction over two mesh axes that could be one; it is a scalar norm a step here
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         axes = sizes(cfg, dist.get_world_size())
-        return cls(init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes)), device)
-
-    def size(self, axis: str) -> int:
-        return self.grid[axis].size()
+        r, s, c, t = axes.values()
+        weights = init_device_mesh(device.type, (r, s * c, t), mesh_dim_names=("replicate", "fsdp", "tensor"))
+        tokens = init_device_mesh(device.type, (r * s, c, t), mesh_dim_names=("data", "context", "tensor"))
+        return cls(weights, tokens, axes, device)
 
     @property
     def data_size(self) -> int:
-        """Ranks that read different data."""
-        return math.prod(self.grid.shape)
+        """Ranks along the axes that read different packs."""
+        return self.tokens["data"].size()
 
     @property
     def data_rank(self) -> int:
-        """This rank's place among them, 0 .. data_size - 1."""
-        return dist.get_rank()
+        return self.tokens["data"].get_local_rank()
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of `values` over all ranks that read different data; forward only. In place, and returned.
+        """Sum of `values` over all ranks that hold different tokens, known to every rank; forward only. In place, and returned.
 
-        On the host or on the device, wherever `values` lies.
+        Tensor-parallel ranks hold the same tokens: one of them counts.
         """
+        if self.tokens["tensor"].get_local_rank() > 0:
+            values.zero_()
         dist.all_reduce(values)
         return values
 
     def describe(self) -> str:
-        return " x ".join(f"{axis} {size}" for axis, size in zip(self.grid.mesh_dim_names, self.grid.shape))
+        return "mesh: " + " x ".join(f"{axis} {size}" for axis, size in self.axes.items())

@@ -81,6 +81,13 @@ def read_ropes(c: Fields) -> tuple[Rope, Rope]:
 class Block(nn.Module):
     """h + norm(attention(norm(h))), then h + norm(ffn(norm(h)))."""
 
+    TP = {
+        "input_layernorm": "gather",
+        "post_attention_layernorm": "whole",
+        "pre_feedforward_layernorm": "gather",
+        "post_feedforward_layernorm": "whole",
+    }
+
     def __init__(self, arch: Arch, index: int):
         super().__init__()
         norm = NORMS[arch.norm]

@@ -30,6 +30,8 @@ def read(c: Fields) -> Arch:
 class Block(nn.Module):
     """h + attention(norm(h)), then h + ffn(norm(h))."""
 
+    TP = {"input_layernorm": "gather", "post_attention_layernorm": "gather"}
+
     def __init__(self, arch: Arch, index: int):
         super().__init__()
         norm = NORMS[arch.norm]

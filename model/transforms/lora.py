@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import LoraConfig
-from model.linear import Linear
+from model.linear import Linear, here
 from runtime.errors import ConfigError
 
 OWNER = "lora"
@@ -52,12 +52,15 @@ def uniform_by_columns(weight: Tensor, generator: torch.Generator) -> None:
 class Lora:
     """What fills the slot. The scale comes before B, so that under row parallelism base and update are partial sums alike."""
 
+    # How the factors are split where the linear is: the dimension, or None for whole on every rank.
+    TP = {"col": {"lora_A": None, "lora_B": 0}, "row": {"lora_A": 1, "lora_B": None}}
+
     def __init__(self, scale: float, dropout: float):
         self.scale, self.dropout = scale, dropout
 
     def __call__(self, linear: Linear, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out], in the dtype of x."""
-        a, b = linear.lora_A.weight.to(x.dtype), linear.lora_B.weight.to(x.dtype)
+        a, b = here(linear.lora_A.weight).to(x.dtype), here(linear.lora_B.weight).to(x.dtype)
         x = F.dropout(x, self.dropout, linear.training)
         return F.linear(self.scale * F.linear(x, a), b)
 

@@ -1,0 +1,34 @@
+"""Where a model lies: a local folder as it is, or a Hugging Face hub id fetched into the hub's cache.
+
+Only what a run reads is fetched: configs, tokenizer files, templates and safetensors. Never code, never pickles.
+`HF_HUB_OFFLINE`, `HF_HOME`, `HF_ENDPOINT` and `HF_TOKEN` mean what they mean to huggingface-hub.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from runtime.errors import ModelError
+
+PATTERNS = ["*.json", "*.jinja", "model*.safetensors", "adapter_model.safetensors"]
+
+
+def fetch(path: str, revision: str | None = None) -> Path:
+    """The folder of `path`, downloaded first if it is a hub id (`owner/name`) and no folder of that name exists.
+
+    Raises:
+        ModelError: there is neither; the hub's reason is in the line.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
+        raise ModelError("no such folder, and not a hub id of the form owner/name", path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=PATTERNS))
+    except Exception as error:  # the hub client raises several families of exceptions; each means "not to be had"
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ModelError(f"no such folder, and the hub did not give it ({type(error).__name__}: {reason[:200]})", path) from error

@@ -1,0 +1,57 @@
+"""Loss on held-out documents, in all and per source, and the decision to stop early."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from data.batch import Batch
+from objective import lm
+
+
+@torch.no_grad()
+def evaluate(
+    net: nn.Module,
+    batches: Iterable[Batch],
+    sources: tuple[str, ...],
+    sum_over_data: Callable[[Tensor], Tensor],
+    device: torch.device,
+) -> dict[str, float]:
+    """Mean loss per learned token over all batches of all ranks: `eval_loss`, and `eval_loss/<source>` if there are several.
+
+    Every rank must bring the same number of batches (an empty pack counts as one), as the forward may hold collectives.
+    """
+    training = net.training
+    net.eval()
+    sums = torch.zeros(len(sources), 2, dtype=torch.float64, device=device)
+    for batch in batches:
+        sums += lm.by_source(net, batch.to(device), len(sources))
+    net.train(training)
+    sums = sum_over_data(sums).cpu()
+    loss, tokens = sums.sum(dim=0).tolist()
+    found = {"eval_loss": loss / tokens if tokens else math.nan, "eval_tokens": int(tokens)}
+    if len(sources) > 1:
+        found |= {f"eval_loss/{name}": s / n for name, (s, n) in zip(sources, sums.tolist()) if n}
+    return found
+
+
+@dataclass
+class EarlyStop:
+    """Stops after `patience` evaluations in a row whose loss did not fall by more than `min_delta`; 0 never stops."""
+
+    patience: int
+    min_delta: float
+    best: float = math.inf
+    bad: int = 0
+
+    def update(self, loss: float) -> bool:
+        """Takes the newest loss; True if the run should end now."""
+        if loss < self.best - self.min_delta:
+            self.best, self.bad = loss, 0
+        else:
+            self.bad += 1
+        return 0 < self.patience <= self.bad

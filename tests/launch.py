@@ -1,0 +1,114 @@
+"""Runs train.py's main on several ranks by fork, as torchrun would start them, without paying for imports again.
+
+The parent has imported torch; a child gets torchrun's environment variables, its stderr and stdout in files, and ends with
+main's exit code. Used where a test wants real runs: resumes, kills, signals, errors on every rank.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@dataclass
+class Ranks:
+    """Running ranks. `wait()` gives their exit codes (negative: killed by that signal)."""
+
+    pids: list[int]
+    logs: list[Path]
+    codes: dict[int, int] = field(default_factory=dict)
+
+    def poll(self) -> bool:
+        """Reaps what has ended; True once all have."""
+        for rank, pid in enumerate(self.pids):
+            if rank not in self.codes:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    self.codes[rank] = os.waitstatus_to_exitcode(status)
+        return len(self.codes) == len(self.pids)
+
+    def wait(self, timeout_s: float = 120.0) -> list[int]:
+        """Exit codes by rank. A rank that outlives the limit is killed, and that is an assertion error: a hang."""
+        deadline = time.monotonic() + timeout_s
+        while not self.poll():
+            if time.monotonic() > deadline:
+                self.signal(signal.SIGKILL)
+                raise AssertionError(f"ranks hang; ended so far: {self.codes}\n{self.output()}")
+            time.sleep(0.01)
+        return [self.codes[r] for r in range(len(self.pids))]
+
+    def end_after_one(self, timeout_s: float = 30.0) -> list[int]:
+        """What torchrun does: once a rank has failed, the others get SIGTERM, then SIGKILL."""
+        while not self.codes:
+            self.poll()
+            time.sleep(0.005)
+        deadline = time.monotonic() + timeout_s
+        while not self.poll():
+            if time.monotonic() > deadline:
+                self.signal(signal.SIGKILL)
+            time.sleep(0.01)
+        return [self.codes[r] for r in range(len(self.pids))]
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        for r, pid in enumerate(self.pids):
+            if r not in self.codes and rank in (None, r):
+                os.kill(pid, number)
+
+    def output(self, rank: int | None = None) -> str:
+        return "".join(p.read_text(errors="replace") for r, p in enumerate(self.logs) if rank in (None, r))
+
+
+def start(argv: Sequence[str], world: int, logs: Path) -> Ranks:
+    """Forks `world` ranks that run `train.main(argv)`."""
+    import torch
+
+    import train
+
+    logs.mkdir(parents=True, exist_ok=True)
+    port, pids, files = free_port(), [], []
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for rank in range(world):
+        files.append(logs / f"{time.monotonic_ns()}_{rank}.txt")
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                fd = os.open(files[-1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(fd, 1)
+                os.dup2(fd, 2)
+                sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
+                torch.set_num_threads(1)
+                env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+                os.environ.update({k: str(v) for k, v in env.items()}, MASTER_ADDR="127.0.0.1")
+                code = train.main(list(argv))
+            except SystemExit as e:
+                code = e.code if isinstance(e.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        pids.append(pid)
+    return Ranks(pids, files)
+
+
+def run(argv: Sequence[str], world: int, logs: Path, timeout_s: float = 120.0) -> Ranks:
+    """Starts the ranks and waits for them."""
+    ranks = start(argv, world, logs)
+    ranks.wait(timeout_s)
+    return ranks

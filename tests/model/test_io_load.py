@@ -1,0 +1,294 @@
+"""Loading: every rank reads its slices and nothing else, and a folder that is wrong ends in one line that says how."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.arch import Arch
+from model.safetensors_io import check_weights, load_weights, materialize
+from model.tensor_folder import TensorFolder, confined
+from runtime.errors import ModelError
+from tests.harness import run
+from tests.model.folders import prepared, shard, write_model
+from tests.model.golden import distance, fresh
+
+NORM, EMBED, HEAD = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"
+SMALL = {"hidden_size": 6, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 2}  # K has 2 rows: empty shards on 4 ranks
+
+
+def load(folder, compute=torch.float32):
+    net = prepared(folder, compute=compute)
+    net.to_empty(device="cpu")
+    net.reset_buffers("cpu")
+    load_weights(net, folder)
+    return net
+
+
+def split(folder, files=3):
+    """Turns model.safetensors into several files with an index, as large models come; returns the index's path."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    parts = [{} for _ in range(files)]
+    for i, (name, t) in enumerate(sorted(tensors.items())):
+        parts[i % files][name] = t
+    weight_map = {}
+    for i, part in enumerate(parts):
+        save_file(part, folder / f"model-{i + 1:05d}-of-{files:05d}.safetensors")
+        weight_map |= dict.fromkeys(part, f"model-{i + 1:05d}-of-{files:05d}.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    return index
+
+
+def edit(folder, changes):
+    """Replaces, adds or (None) removes tensors of model.safetensors."""
+    tensors = load_file(folder / "model.safetensors") | changes
+    save_file({name: t for name, t in tensors.items() if t is not None}, folder / "model.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------------------------ values
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_values_arrive_in_the_dtype_of_the_parameter(tmp_path, stored):
+    folder = write_model(tmp_path, dtype=stored)
+    theirs = load_file(folder / "model.safetensors")
+    net = load(folder)
+    assert len(theirs) == len(list(net.named_parameters()))
+    for name, p in net.named_parameters():
+        assert p.dtype == torch.float32 and torch.equal(p, theirs[name].float()), name
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama-tied-linear"])
+def test_an_index_and_a_wrapper_change_nothing(tmp_path, name):
+    reference = fresh(Arch.from_folder(write_model(tmp_path, name)))
+    if name == "gemma3":
+        edit(tmp_path, {"vision_tower.x": torch.zeros(3)})
+    split(tmp_path)
+    net = load(tmp_path)
+    x = torch.arange(12)[None]
+    assert distance(net.logits(x), reference.logits(x)) == 0
+
+
+def test_old_frequency_tables_are_passed_over(tmp_path):
+    edit(write_model(tmp_path), {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)})
+    load(tmp_path)
+
+
+def test_every_parameter_gets_a_value_or_it_is_an_error(tmp_path, monkeypatch):
+    folder = write_model(tmp_path)
+    net = prepared(folder)
+    materialize(net, "cpu", 0, folder)
+    monkeypatch.setattr("model.safetensors_io.load_weights", lambda net, folder: {NORM})
+    with pytest.raises(AssertionError, match="without values"):
+        materialize(prepared(folder), "cpu", 0, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------- tied embeddings
+
+
+@pytest.mark.parametrize("present", ["embedding", "head", "both"])
+def test_tied_weights_load_under_either_name(tmp_path, present):
+    folder = write_model(tmp_path, "llama-tied-linear")
+    weight = load_file(folder / "model.safetensors")[EMBED]
+    edit(folder, {EMBED: None if present == "head" else weight, HEAD: None if present == "embedding" else weight.clone()})
+    assert torch.equal(load(folder).model.embed_tokens.weight, weight)
+
+
+def test_tied_weights_that_differ_are_refused(tmp_path):
+    folder = write_model(tmp_path, "llama-tied-linear")
+    head = load_file(folder / "model.safetensors")[EMBED].clone()
+    head[-1, -1] += 1
+    edit(folder, {HEAD: head})
+    with pytest.raises(ModelError, match=r"embed_tokens.weight and lm_head.weight differ, but config.json ties them; set tie_word"):
+        load(folder)
+
+
+def test_an_untied_model_needs_its_head(tmp_path):
+    edit(write_model(tmp_path), {HEAD: None})
+    with pytest.raises(ModelError, match=r"1 missing .lm_head.weight"):
+        load(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------------- ranks
+
+
+def _load_sharded(rank, world, folder, grid):
+    reads = []
+    read = TensorFolder.read
+
+    def counted(self, name, where=None):
+        value = read(self, name, where)
+        reads.append(value.numel() * value.element_size())
+        return value
+
+    TensorFolder.read = counted
+    net = prepared(folder)
+    shard(net, grid)
+    materialize(net, "cpu", 0, folder)
+    held = sum(p.to_local().numel() * 4 for p in net.parameters())
+    empty = sum(p.to_local().numel() == 0 for p in net.parameters())
+    stored = load_file(next(folder.glob("model-00001*")))
+    equal = all(torch.equal(dict(net.named_parameters())[n].full_tensor(), t) for n, t in stored.items())
+    logits = net.logits(torch.arange(12)[None]).double().flatten().tolist()
+    return sum(reads), held, empty, equal, logits
+
+
+@pytest.mark.parametrize("grid", [(2,), (4,), (2, 2)])
+def test_each_rank_reads_its_slices_only(tmp_path, grid):
+    folder = write_model(tmp_path, "qwen3", **SMALL)
+    whole = sum(t.numel() * 4 for t in load_file(folder / "model.safetensors").values())
+    reference = load(folder).logits(torch.arange(12)[None])
+    split(folder)
+    ranks = run(_load_sharded, math.prod(grid), folder, grid)
+    assert [read for read, *_ in ranks] == [held for _, held, *_ in ranks]
+    assert sum(read for read, *_ in ranks) == whole * (grid[0] if len(grid) == 2 else 1)
+    assert (sum(empty for _, _, empty, *_ in ranks) > 0) == (grid == (4,))
+    for *_, equal, logits in ranks:
+        assert equal
+        assert distance(torch.tensor(logits), reference.flatten()) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------------------ errors
+
+
+def _missing_shard(folder):
+    next(iter(sorted(split(folder).parent.glob("model-0*")))).unlink()
+
+
+def _truncated(folder):
+    path = folder / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def _header_only(folder):
+    (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0notjson!")
+
+
+def _index_says(weight_map):
+    def damage(folder):
+        index = split(folder)
+        index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"] | weight_map}), encoding="utf-8")
+
+    return damage
+
+
+def _index_text(text):
+    def damage(folder):
+        split(folder).write_text(text, encoding="utf-8")
+
+    return damage
+
+
+def _pickles(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _fifo(folder):
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
+def _device(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("/dev/zero")
+
+
+def _change(name, tensor):
+    return lambda folder: edit(folder, {name: tensor})
+
+
+WRONG = {
+    "empty": (lambda f: (f / "model.safetensors").unlink(), r"no model.safetensors and no model.safetensors.index.json$"),
+    "pickles": (_pickles, r"only pytorch_model.bin: pickled weights can run code when loaded and are not read; convert them"),
+    "truncated": (_truncated, r"model.safetensors: damaged or incomplete .*not fully covered.*; fetch it again"),
+    "garbage": (_header_only, r"model.safetensors: damaged or incomplete"),
+    "missing file": (_missing_shard, r"model-00001-of-00003.safetensors: no such file, but model.safetensors.index.json names it"),
+    "outside": (
+        _index_says({NORM: "../model.safetensors"}),
+        r"index.json: names '../model.safetensors'; only .safetensors files of its own",
+    ),
+    "absolute": (_index_says({NORM: "/etc/passwd"}), r"names '/etc/passwd'; only"),
+    "wrong file": (_index_says({NORM: "model-00001-of-00003.safetensors"}), r"model-00001.*: does not hold model.norm.weight, which"),
+    "not json": (_index_text("{"), r"index.json: not readable as JSON"),
+    "not text": (_index_text("\x00"), r"index.json: not readable as JSON"),
+    "repeated": (_index_text('{"weight_map": {"a": "x", "a": "y"}}'), r"not readable as JSON: a key is repeated"),
+    "no map": (_index_text('{"weight_map": {"a": 1}}'), r"has no weight_map of tensor names to file names"),
+    "deep": (_index_text("[" * 100_000), r"not readable as JSON"),
+    "list": (_index_text("[]"), r"must hold a JSON object"),
+    "fifo": (_fifo, r"model.safetensors: is no regular file"),
+    "device": (_device, r"is a link to /dev/zero, outside its folder"),
+    "missing": (
+        lambda f: edit(f, {NORM: None, "model.norm.weights": torch.ones(48)}),
+        r"llama model: 1 missing .model.norm.weight., 1 unexpected .model.norm.weights.$",
+    ),
+    "extra": (_change("model.layers.2.mlp.up_proj.weight", torch.zeros(2)), r"not the tensors of this llama model: 1 unexpected"),
+    "shape": (_change(NORM, torch.zeros(47)), r"model.norm.weight has shape \[47\], but the model's is \[48\]"),
+    "rank": (_change(NORM, torch.zeros(48, 1)), r"has shape \[48, 1\]"),
+    "integer": (_change(NORM, torch.zeros(48, dtype=torch.int32)), r"model.norm.weight has dtype int32, which is not a weight's"),
+    "boolean": (_change(NORM, torch.zeros(48, dtype=torch.bool)), r"has dtype bool"),
+    "float8": (_change(NORM, torch.zeros(48).to(torch.float8_e4m3fn)), r"has dtype float8_e4m3fn"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_folder_is_one_line(tmp_path, case):
+    """The same from the check on meta, which a run makes before ranks connect, and from loading."""
+    folder = write_model(tmp_path / "it")
+    damage, message = WRONG[case]
+    damage(folder)
+    for attempt in (lambda: check_weights(prepared(folder), folder), lambda: load(folder)):
+        with pytest.raises(ModelError, match=message) as error:
+            attempt()
+        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+NAMES = [
+    "",
+    ".",
+    "..",
+    "../x.safetensors",
+    "a/x.safetensors",
+    "/x.safetensors",
+    "x\\y.safetensors",
+    "x\0.safetensors",
+    "x.bin",
+    "..\\x.safetensors",
+]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "x" * 5000 + ".safetensors", "‥／x.safetensors"])
+def test_names_stay_in_their_folder(tmp_path, name):
+    with pytest.raises(ModelError):
+        confined(tmp_path, name, tmp_path / "index.json")
+
+
+def test_links_may_lead_into_the_blobs_of_the_hub_cache_only(tmp_path):
+    repo = tmp_path / "models--a--b"
+    blobs, snapshot = repo / "blobs", repo / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    written = write_model(tmp_path / "w")
+    snapshot.mkdir(parents=True)
+    for i, path in enumerate(sorted(written.iterdir())):
+        path.rename(blobs / str(i))
+        (snapshot / path.name).symlink_to(f"../../blobs/{i}")
+    load(snapshot)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "x.safetensors").symlink_to(blobs / "1")
+    with pytest.raises(ModelError, match="outside its folder"):
+        confined(tmp_path / "plain", "x.safetensors", tmp_path)
+    (tmp_path / "linked").symlink_to(snapshot)  # the folder itself may be a link
+    load(tmp_path / "linked")
+
+
+def test_an_index_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("model.tensor_folder.MAX_JSON", 100)
+    split(write_model(tmp_path))
+    with pytest.raises(ModelError, match="is larger than"):
+        load(tmp_path)
