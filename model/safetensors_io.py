@@ -15,6 +15,7 @@ into the same bytes and no TF32 setting of a GPU reaches a saved weight.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -334,7 +335,8 @@ def _require_all_rows(name: str, whole: Tensor, p: Tensor) -> None:
     that only some shards trained or were gathered, which nothing later would show."""
     if not name.endswith(".lora_B.weight") or not isinstance(p, DTensor):
         return
-    used = [bool(chunk.any()) for chunk in whole.chunk(p.device_mesh.size(-1)) if len(chunk) >= 8]
+    ranks = math.prod(p.device_mesh.size(i) for i, at in enumerate(p.placements) if not at.is_replicate())
+    used = [bool(chunk.any()) for chunk in whole.chunk(ranks) if len(chunk) >= 8]
     if any(used) and not all(used):
         raise ModelError(f"{name}: the rows of one rank are all zero and others are not; not every shard has trained")
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from model import build
 from model.arch import Arch
@@ -18,6 +16,9 @@ from model.decoder import Decoder
 from model.transforms.lora import apply_lora, is_adapter
 from model.transforms.trainable import apply_trainable
 from model.weights import NameMap, local, region
+from parallel.apply import parallelize
+from parallel.config import ParallelConfig, RecomputeConfig
+from parallel.mesh import Mesh
 from tests.model.golden import fresh, write_config
 
 
@@ -52,11 +53,10 @@ def prepared(folder: Path, lora: LoraConfig | None = None, compute: torch.dtype 
     return net
 
 
-def shard(net: Decoder, grid: tuple[int, ...], compute: torch.dtype = torch.float32) -> None:
-    """FSDP2 over (shard,) or (replicate, shard) ranks, as parallel/fsdp.py does it."""
-    mesh = init_device_mesh("cpu", grid, mesh_dim_names=("replicate", "shard")[-len(grid) :])
-    for unit in (*net.model.layers, net):
-        fully_shard(unit, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=compute, cast_forward_inputs=False))
+def shard(net: Decoder, axes: dict[str, int], compute: torch.dtype = torch.float32) -> None:
+    """Spreads a prepared model over the ranks, e.g. `{"shard": 2, "tensor": 2}`."""
+    mesh = Mesh.build(ParallelConfig(**axes), torch.device("cpu"))
+    parallelize(net, mesh, RecomputeConfig(), compute)
 
 
 @torch.no_grad()
@@ -76,6 +76,16 @@ def digests(folder: Path) -> dict[str, str]:
 def tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder's safetensors files."""
     return {name: t for p in sorted(folder.glob("*.safetensors")) for name, t in load_file(p).items()}
+
+
+LAYOUTS = [{"shard": 2}, {"shard": 4}, {"replicate": 2, "shard": 2}, {"shard": 2, "tensor": 2}]
+SMALL = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2}  # K has 2 rows: some of 4 ranks hold none
+ODD = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 2, "intermediate_size": 54}  # 27 rows a rank over 2 more
+
+
+def sizes_for(axes: dict[str, int]) -> dict[str, int]:
+    """Sizes that a layout splits unevenly where it may."""
+    return ODD if "tensor" in axes else SMALL
 
 
 def same_bytes(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

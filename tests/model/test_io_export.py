@@ -18,10 +18,10 @@ from model.safetensors_io import export_adapter, export_full, materialize, verif
 from model.tensor_folder import CHECKSUMS, Spec, TensorFolder, agree, publish
 from runtime.errors import ModelError
 from tests.harness import run
-from tests.model.folders import digests, prepared, same_bytes, shard, tensors, theirs, train_a_little, write_model
+from tests.model.folders import LAYOUTS, digests, prepared, same_bytes, shard, sizes_for, tensors, theirs, train_a_little, write_model
 from tests.model.golden import GOLDEN, distance, write_config
 
-TOKENS = torch.arange(15)[None]
+TOKENS = torch.arange(16)[None]
 LORA = LoraConfig(rank=4, alpha=6, train_modules=("embed_tokens", "model.norm"))
 
 
@@ -61,9 +61,9 @@ def test_transformers_loads_the_export_and_every_byte_came_back(tmp_path, name, 
 # -------------------------------------------------------------------------------------------------------------- layouts
 
 
-def _export_sharded(rank, world, folder, grid, out):
+def _export_sharded(rank, world, folder, axes, out):
     net = prepared(folder, LORA, torch.bfloat16)
-    shard(net, grid, torch.bfloat16)
+    shard(net, axes, torch.bfloat16)
     materialize(net, "cpu", 0, folder)
     train_a_little(net)
     with torch.no_grad():
@@ -74,14 +74,14 @@ def _export_sharded(rank, world, folder, grid, out):
     verify_adapter(out / "adapter", net)
 
 
-@pytest.mark.parametrize("grid", [(1,), (2,), (4,), (2, 2)])
-def test_any_layout_writes_the_same_bytes(tmp_path, grid):
-    folder = write_model(tmp_path / "base", "qwen2", torch.bfloat16, num_attention_heads=2, num_key_value_heads=1, head_dim=2)
+@pytest.mark.parametrize("axes", [{"shard": 1}, *LAYOUTS], ids=str)
+def test_any_layout_writes_the_same_bytes(tmp_path, axes):
+    folder = write_model(tmp_path / "base", "qwen2", torch.bfloat16, **sizes_for(axes))
     net = loaded(folder, LORA, torch.bfloat16)
     train_a_little(net)
     export_full(net, tmp_path / "one" / "full", folder, shard_bytes=20_000)
     export_adapter(net, tmp_path / "one" / "adapter", LORA, "base")
-    run(_export_sharded, math.prod(grid), folder, grid, tmp_path / "many")
+    run(_export_sharded, math.prod(axes.values()), folder, axes, tmp_path / "many")
     for kind in ("full", "adapter"):
         one = digests(tmp_path / "one" / kind)
         assert len(one) >= 3 and digests(tmp_path / "many" / kind) == one
@@ -117,7 +117,7 @@ def test_an_error_of_the_writing_rank_is_everyones(tmp_path):
 
 def _half_trained(rank, world, folder, out):
     net = prepared(folder, LoraConfig(rank=2))
-    shard(net, (world,))
+    shard(net, {"shard": world})
     materialize(net, "cpu", 0, folder)
     if rank == 0:
         train_a_little(net)

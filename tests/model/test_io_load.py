@@ -15,11 +15,11 @@ from model.safetensors_io import check_weights, load_weights, materialize
 from model.tensor_folder import TensorFolder, confined
 from runtime.errors import ModelError
 from tests.harness import run
-from tests.model.folders import prepared, shard, write_model
+from tests.model.folders import LAYOUTS, prepared, shard, sizes_for, write_model
 from tests.model.golden import distance, fresh
 
+TOKENS = torch.arange(12)[None]
 NORM, EMBED, HEAD = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"
-SMALL = {"hidden_size": 6, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 2}  # K has 2 rows: empty shards on 4 ranks
 
 
 def load(folder, compute=torch.float32):
@@ -72,7 +72,7 @@ def test_an_index_and_a_wrapper_change_nothing(tmp_path, name):
         edit(tmp_path, {"vision_tower.x": torch.zeros(3)})
     split(tmp_path)
     net = load(tmp_path)
-    x = torch.arange(12)[None]
+    x = TOKENS
     assert distance(net.logits(x), reference.logits(x)) == 0
 
 
@@ -119,7 +119,7 @@ def test_an_untied_model_needs_its_head(tmp_path):
 # ------------------------------------------------------------------------------------------------------------------- ranks
 
 
-def _load_sharded(rank, world, folder, grid):
+def _load_sharded(rank, world, folder, axes):
     reads = []
     read = TensorFolder.read
 
@@ -130,26 +130,29 @@ def _load_sharded(rank, world, folder, grid):
 
     TensorFolder.read = counted
     net = prepared(folder)
-    shard(net, grid)
+    shard(net, axes)
     materialize(net, "cpu", 0, folder)
     held = sum(p.to_local().numel() * 4 for p in net.parameters())
     empty = sum(p.to_local().numel() == 0 for p in net.parameters())
     stored = load_file(next(folder.glob("model-00001*")))
     equal = all(torch.equal(dict(net.named_parameters())[n].full_tensor(), t) for n, t in stored.items())
-    logits = net.logits(torch.arange(12)[None]).double().flatten().tolist()
+    logits = net.logits(TOKENS).double().flatten().tolist()
     return sum(reads), held, empty, equal, logits
 
 
-@pytest.mark.parametrize("grid", [(2,), (4,), (2, 2)])
-def test_each_rank_reads_its_slices_only(tmp_path, grid):
-    folder = write_model(tmp_path, "qwen3", **SMALL)
+@pytest.mark.parametrize("axes", LAYOUTS, ids=str)
+def test_each_rank_reads_its_slices_only(tmp_path, axes):
+    folder = write_model(tmp_path, "qwen3", **sizes_for(axes))
     whole = sum(t.numel() * 4 for t in load_file(folder / "model.safetensors").values())
-    reference = load(folder).logits(torch.arange(12)[None])
+    reference = load(folder).logits(TOKENS)
     split(folder)
-    ranks = run(_load_sharded, math.prod(grid), folder, grid)
+    ranks = run(_load_sharded, math.prod(axes.values()), folder, axes)
     assert [read for read, *_ in ranks] == [held for _, held, *_ in ranks]
-    assert sum(read for read, *_ in ranks) == whole * (grid[0] if len(grid) == 2 else 1)
-    assert (sum(empty for _, _, empty, *_ in ranks) > 0) == (grid == (4,))
+    copies = axes.get("replicate", 1)
+    if "tensor" not in axes:  # which keeps some vectors whole on each of its ranks
+        assert sum(read for read, *_ in ranks) == whole * copies
+    assert max(read for read, *_ in ranks) < whole * copies / len(ranks) * 1.15
+    assert (sum(empty for _, _, empty, *_ in ranks) > 0) == (axes == {"shard": 4})
     for *_, equal, logits in ranks:
         assert equal
         assert distance(torch.tensor(logits), reference.flatten()) < 1e-6

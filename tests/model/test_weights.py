@@ -13,7 +13,7 @@ from model.config import LoraConfig
 from model.transforms.lora import apply_lora, is_adapter
 from model.weights import Aside, NameMap, Rename, initialize
 from tests.harness import run
-from tests.model.folders import prepared, shard
+from tests.model.folders import LAYOUTS, prepared, shard, sizes_for
 from tests.model.golden import GOLDEN, write_config
 
 
@@ -86,22 +86,22 @@ def test_values_depend_on_seed_and_name_only(tmp_path):
     assert not torch.equal(deep[same_shape.format(0)], deep[same_shape.format(1)])
 
 
-def _fresh_sharded(rank, world, folder, grid):
+def _fresh_sharded(rank, world, folder, axes):
     net = prepared(folder, LoraConfig(rank=3), torch.bfloat16)
-    shard(net, grid)
+    shard(net, axes)
     net.to_empty(device="cpu")
     assert initialize(net, 5, only=is_adapter) == {n for n, _ in net.named_parameters() if is_adapter(n)}
     initialize(net, 5)
     return {n: (str(p.dtype), p.full_tensor().double().flatten().tolist()) for n, p in net.named_parameters()}
 
 
-@pytest.mark.parametrize("grid", [(2,), (4,), (2, 2)])
-def test_values_are_the_same_at_any_sharding(tmp_path, grid):
-    folder = write_config(tmp_path, "qwen2", num_attention_heads=2, num_key_value_heads=1, head_dim=2)  # 2 rows of K on 4 ranks
+@pytest.mark.parametrize("axes", LAYOUTS, ids=str)
+def test_values_are_the_same_at_any_sharding(tmp_path, axes):
+    folder = write_config(tmp_path, "qwen2", **sizes_for(axes))
     net = prepared(folder, LoraConfig(rank=3), torch.bfloat16)
     net.to_empty(device="cpu")
     initialize(net, 5)
     expected = {n: (str(p.dtype), p.double().flatten().tolist()) for n, p in net.named_parameters()}
     assert {dtype for dtype, _ in expected.values()} == {"torch.float32", "torch.bfloat16"}
-    for values in run(_fresh_sharded, math.prod(grid), folder, grid):
+    for values in run(_fresh_sharded, math.prod(axes.values()), folder, axes):
         assert values == expected
