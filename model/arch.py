@@ -154,8 +154,8 @@ class Fields:
 
     def number(self, key: str, default: object = _REQUIRED, null: bool = False, above: float = 0.0) -> float | None:
         value = self._take(key, default, null, (int, float), f"a number above {above:g}")
-        if value is not None and not (above < value <= 1e30):  # also refuses NaN, which Python's JSON reads
-            raise self.error(key, f"must be a finite number above {above:g}")
+        if value is not None and not (above < value and 1e-30 <= abs(value) <= 1e30):  # refuses NaN too, which Python's JSON reads
+            raise self.error(key, f"must be a number above {above:g}, of a usable size")
         return None if value is None else float(value)
 
     def flag(self, key: str, default: object = _REQUIRED) -> bool:
@@ -165,7 +165,7 @@ class Fields:
         return self._take(key, default, False, (str,), "a string")
 
     def choice(self, key: str, options: tuple[str, ...], default: object = _REQUIRED) -> str:
-        value = self.text(key, default)
+        value = self._take(key, default, False, (str,), f"one of {', '.join(options)}")
         if value not in options:
             raise self.error(key, f"is not supported; supported: {', '.join(options)}")
         return value

@@ -6,6 +6,7 @@ the last `size` of those (kind `window`). How that is computed is the backend's 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -45,7 +46,10 @@ class AttnContext:
 
     def make_borders(self) -> None:
         """On the CPU only: a GPU's borders would stop the host until all work before them is done."""
-        self.borders = self.borders or self.cu_seqlens.tolist()
+        if not self.borders:
+            self.borders = self.cu_seqlens.tolist()
+            longest = max(b - a for a, b in pairwise(self.borders))
+            assert longest <= self.max_seqlen, f"a document of {longest} tokens under max_seqlen={self.max_seqlen}"  # CUDA relies on it
 
 
 class Backend(Protocol):
