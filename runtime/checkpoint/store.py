@@ -1,0 +1,397 @@
+"""The `checkpoints` folder of a run: names, files that count themselves, manifests, publishing, retention. No torch.
+
+step_<n>/            complete checkpoints, only ever made by a rename
+    MANIFEST.json    every file's size and crc32, and what the checkpoint is; guarded by a crc32 of its own
+step_<n>.pin         an empty marker: never prune step <n>
+latest               a text file with the name of the newest checkpoint, for people and scripts; resuming ignores it
+superseded_<k>/      checkpoints that a resumed run has gone back behind; kept, but no longer looked at
+.tmp-* .trash-*      half written, half deleted; removed when a run starts
+.lock                held by the run that writes here
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import UserError
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+NEVER_PRUNED = 2
+_STEP = re.compile(r"step_(0|[1-9][0-9]*)")
+_SEAL = re.compile(rb'\{"crc32": "([0-9a-f]{8})",\n')
+_CHUNK = 1 << 22
+
+
+def at(point: str) -> None:
+    """Called before each thing that can fail. Tests put a function here that raises or kills the process at `point`."""
+
+
+class Damaged(Exception):
+    """A checkpoint folder is not what its manifest says; the message is the reason."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+class CountedFile:
+    """A new file that counts its bytes and their crc32 while they pass, and is on disk once closed.
+
+    An error while writing is kept and raised again at the end: torch.save replaces it with a message about its own zip.
+    """
+
+    def __init__(self, path: Path):
+        at("open")
+        self.path, self.size, self.crc = path, 0, 0
+        self._error: OSError | None = None
+        self._file = open(path, "xb", buffering=1 << 20)  # noqa: SIM115
+
+    def write(self, data) -> int:
+        with self._remembered():
+            at("write")
+            self._file.write(data)
+        self.crc = zlib.crc32(data, self.crc)
+        count = memoryview(data).nbytes
+        self.size += count
+        return count
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        """DCP flushes after every tensor; once at the end is enough."""
+
+    def close(self) -> None:
+        if not self._file.closed:
+            with self._remembered():
+                self._file.flush()
+                at("fsync")
+                os.fsync(self._file.fileno())
+                self._file.close()
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return {"size": self.size, "crc32": f"{self.crc:08x}"}
+
+    @contextlib.contextmanager
+    def _remembered(self):
+        try:
+            yield
+        except OSError as e:
+            if self._error is None:
+                self._error = OSError(e.errno, e.strerror, str(self.path)) if e.errno else e
+            raise self._error from e
+
+    def __enter__(self) -> CountedFile:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if error is None:
+                self.close()
+        finally:
+            with contextlib.suppress(OSError):  # closing flushes once more: what failed above fails again
+                self._file.close()
+        if error is not None and self._error is not None and error is not self._error:
+            raise self._error
+
+
+def write_file(path: Path, data: bytes) -> dict[str, Any]:
+    """Writes a new file durably; returns its manifest record."""
+    with CountedFile(path) as file:
+        file.write(data)
+    return file.record
+
+
+def fsync_folder(path: Path) -> None:
+    """Makes the names in a folder durable."""
+    at("fsync_folder")
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# ------------------------------------------------------------------------------------------------------------- manifests
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """The manifest begins with the crc32 of all its bytes after the first line, so that no bit of it can turn unnoticed."""
+    body = json.dumps(manifest, indent=1)[1:].lstrip().encode()
+    write_file(folder / MANIFEST, f'{{"crc32": "{zlib.crc32(body):08x}",\n'.encode() + body)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, with `id` added: the crc32 that stands for all of its content.
+
+    Raises:
+        Damaged: it is missing, was changed, or is not of this folder.
+    """
+    try:
+        data = (folder / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        raise Damaged(f"has no {MANIFEST}") from None
+    except OSError as e:
+        raise Damaged(f"{MANIFEST} cannot be read: {e.strerror}") from None
+    seal = _SEAL.match(data)
+    if not seal or f"{zlib.crc32(data[seal.end() :]):08x}".encode() != seal[1]:
+        raise Damaged(f"{MANIFEST} was changed (its crc32 does not match)")
+    try:
+        manifest = json.loads(data)
+        if manifest["format"] != FORMAT:
+            raise Damaged(f"has format {manifest['format']}, but this version reads format {FORMAT}")
+        for name, record in manifest["files"].items():
+            if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or "\0" in name:
+                raise Damaged(f"{MANIFEST} names a file outside its folder: {name!r}")
+            if type(record["size"]) is not int or type(record["crc32"]) is not str:
+                raise Damaged(f"{MANIFEST} has no size and crc32 for {name!r}")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        raise Damaged(f"{MANIFEST} is not one of ours ({type(e).__name__}: {e})") from None
+    return manifest | {"id": manifest["crc32"]}
+
+
+def check_sizes(folder: Path, files: dict[str, dict]) -> list[str]:
+    """What is missing or has another size, without reading contents."""
+    problems = []
+    for name, record in files.items():
+        try:
+            found = os.lstat(folder / name)
+        except OSError as e:
+            problems.append(f"{name}: {e.strerror}")
+            continue
+        if not stat.S_ISREG(found.st_mode):
+            problems.append(f"{name}: not a regular file")
+        elif found.st_size != record["size"]:
+            problems.append(f"{name}: {found.st_size} bytes instead of {record['size']}")
+    return problems
+
+
+def check_contents(folder: Path, files: dict[str, dict]) -> list[str]:
+    """Reads the files, several at a time (crc32 and reading leave Python's lock), and compares sizes and crc32."""
+    problems = check_sizes(folder, files)
+    if problems:
+        return problems
+
+    def check(name: str) -> str | None:
+        crc, buffer = 0, bytearray(_CHUNK)
+        try:
+            with open(folder / name, "rb", buffering=0) as file:
+                while count := file.readinto(buffer):
+                    crc = zlib.crc32(memoryview(buffer)[:count], crc)
+        except OSError as e:
+            return f"{name}: {e.strerror}"
+        return None if f"{crc:08x}" == files[name]["crc32"] else f"{name}: contents were changed (crc32 {crc:08x})"
+
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        return [problem for problem in pool.map(check, files) if problem]
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Reads everything; returns the manifest.
+
+    Raises:
+        Damaged: anything differs.
+    """
+    manifest = read_manifest(folder)
+    if problems := check_contents(folder, manifest["files"]):
+        raise Damaged("; ".join(problems))
+    return manifest
+
+
+def step_of(path: Path) -> int | None:
+    """The step in a checkpoint's folder name; None for any other name."""
+    match = _STEP.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+# ------------------------------------------------------------------------------------------------------------ the folder
+
+
+class Store:
+    """The checkpoints folder of one run. Everything that changes it is called on rank 0 only."""
+
+    def __init__(self, run: Path):
+        self.folder = run / "checkpoints"
+        self._lock: int | None = None
+
+    def steps(self) -> list[Path]:
+        """Published checkpoints, newest first, whether damaged or not."""
+        if not self.folder.is_dir():
+            return []
+        found = [p for p in self.folder.iterdir() if step_of(p) is not None and p.is_dir() and not p.is_symlink()]
+        return sorted(found, key=step_of, reverse=True)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step}"
+
+    def complete(self) -> list[Path]:
+        """Checkpoints with an intact manifest and all files at their sizes, newest first."""
+        return [p for p in self.steps() if self.problem(p) is None]
+
+    def problem(self, path: Path) -> str | None:
+        """Why a checkpoint is not complete, without reading its tensors; None if it is."""
+        try:
+            manifest = read_manifest(path)
+        except Damaged as e:
+            return str(e)
+        if manifest["step"] != step_of(path):
+            return f"holds step {manifest['step']}"
+        return "; ".join(check_sizes(path, manifest["files"])) or None
+
+    # ---- writing
+
+    def claim(self, patience_s: float = 10.0) -> None:
+        """Makes this process the only writer here, until it ends; a process that was killed holds nothing.
+
+        POSIX record locks: they work over NFS and, unlike flock, are not inherited by children that outlive us. Where the file
+        system has no locks, or cannot be written, there is nothing to claim.
+        """
+        if self._lock is not None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            fd = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:
+            return
+        deadline = time.monotonic() + patience_s  # the run before this one may still be dying
+        while True:
+            try:
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() > deadline:
+                    os.close(fd)
+                    raise UserError(f"{self.folder}: another run is writing here; stop it or choose another output.path") from None
+                time.sleep(0.1)
+            except OSError:
+                break
+        self._lock = fd
+
+    def sweep(self) -> None:
+        """Removes what dead runs left half written or half deleted. Only for the holder of the claim."""
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if path.name.startswith((".tmp-", ".trash-")):
+                    discard(path)
+
+    def begin(self, step: int) -> Path:
+        """A fresh folder to write step `step` into."""
+        at("mkdir")
+        if os.path.lexists(self.path(step)):
+            raise FileExistsError(
+                errno.EEXIST, "exists, and was not written by this run; is another run using this folder?", str(self.path(step))
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f".tmp-{step}-{secrets.token_hex(4)}"
+        path.mkdir()
+        return path
+
+    def publish(self, folder: Path, step: int) -> Path:
+        """Gives a folder that is complete its name. From the rename on the checkpoint exists."""
+        fsync_folder(folder)
+        at("rename")
+        folder.rename(self.path(step))  # fails on an existing checkpoint: it is not an empty folder
+        return self.path(step)
+
+    def settle(self, keep: int) -> None:
+        """After publishing: makes the rename durable, points `latest` at the newest checkpoint, prunes."""
+        fsync_folder(self.folder)
+        self.point()
+        self.prune(keep)
+
+    def point(self) -> None:
+        """Rewrites `latest`, by a rename."""
+        newest = next(iter(self.complete()), None)
+        if newest is None:
+            (self.folder / "latest").unlink(missing_ok=True)
+            return
+        aside = self.folder / f".tmp-latest-{secrets.token_hex(4)}"
+        write_file(aside, f"{newest.name}\n".encode())
+        at("latest")
+        aside.rename(self.folder / "latest")
+
+    # ---- retention
+
+    def prune(self, keep: int) -> list[Path]:
+        """Deletes complete checkpoints beyond the newest `keep`; 0 keeps all. Damaged ones neither count nor go."""
+        if keep == 0:
+            return []
+        old = [p for p in self.complete()[max(keep, NEVER_PRUNED) :] if not self.pinned(p)]
+        for path in old:
+            self.remove(path)
+        return old
+
+    def remove(self, path: Path) -> None:
+        """Deletes a checkpoint: first it stops being one, by a rename, then its files go."""
+        trash = self.folder / f".trash-{path.name}-{secrets.token_hex(4)}"
+        at("trash")
+        path.rename(trash)
+        self._pin(path).unlink(missing_ok=True)
+        at("delete")
+        shutil.rmtree(trash)
+
+    def supersede(self, paths: Iterable[Path]) -> Path | None:
+        """Moves checkpoints out of the run's history, newest first so that what is left is always a history."""
+        paths = sorted(paths, key=step_of, reverse=True)
+        if not paths:
+            return None
+        number = 1
+        while (target := self.folder / f"superseded_{number}").exists():
+            number += 1
+        at("supersede")
+        target.mkdir()
+        for path in paths:
+            path.rename(target / path.name)
+            if self.pinned(path):
+                self._pin(path).rename(target / self._pin(path).name)
+        self.point()
+        return target
+
+    def _pin(self, path: Path) -> Path:
+        return path.with_name(path.name + ".pin")
+
+    def pinned(self, path: Path) -> bool:
+        return self._pin(path).exists()
+
+    def pin(self, path: Path, on: bool = True) -> None:
+        self._pin(path).touch() if on else self._pin(path).unlink(missing_ok=True)
+
+    def free_bytes(self) -> int:
+        """Space that this user may still fill where checkpoints go."""
+        folder = self.folder
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+
+def discard(path: Path) -> None:
+    """Removes a file or a folder if it can; what it cannot remove now, `sweep` tries again when the next run starts."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def size_text(count: int) -> str:
+    """`1.5 GiB`."""
+    if count < 1024:
+        return f"{count} B"
+    power = min((count.bit_length() - 1) // 10, 4)
+    return f"{count / 1024**power:.1f} {'KMGT'[power - 1]}iB"
+
+
+Say = Callable[[str], None]

@@ -1,0 +1,435 @@
+"""Saving, finding and loading when nothing goes wrong: layouts, policies, retention, background saves, drift, the tool."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint
+
+from runtime.checkpoint import store
+from runtime.checkpoint.store import Store
+from runtime.errors import ConfigError, ModelError, UserError
+from runtime.sections import CheckpointConfig
+from tests.harness import run
+from tests.runtime.saving import IDENTITY, LAYOUTS, checkpointer, empty, gathered, resumed, run_folder, same, save, spread, whole
+from tools.checkpoint import main as tool
+
+
+@pytest.fixture
+def folder():
+    with run_folder() as path:
+        yield path
+
+
+def names(folder) -> list[str]:
+    return sorted(p.name for p in (folder / "checkpoints").iterdir() if p.name != ".lock")
+
+
+def test_the_reference_is_not_trivial():
+    assert not same(whole(1), whole(2))
+    assert all(t.float().abs().sum() > 0 for t in whole(1).values())
+
+
+def test_every_layout_loads_into_every_other(folder):
+    def write(rank, world):
+        for layout, (shape, _) in LAYOUTS.items():
+            if torch.Size(shape).numel() == world:
+                save(checkpointer(folder / layout, async_=layout == "fsdp2"), 3, layout)
+
+    def read(rank, world):
+        count = 0
+        for source in LAYOUTS:
+            for target, (shape, _) in LAYOUTS.items():
+                if torch.Size(shape).numel() == world:
+                    count += resumed(checkpointer(folder / source), target) == 3
+        return count
+
+    for world in (1, 2, 4):
+        run(write, world)
+    assert sum(run(read, world)[0] for world in (1, 2, 4)) == len(LAYOUTS) ** 2
+
+
+def test_replicas_share_the_writing(folder):
+    """Under replicate, each tensor is written once, and both ranks write some."""
+
+    def work(rank, world):
+        many = spread({f"w{i}": torch.full((64, 8), float(i)) for i in range(16)}, "replicate2")
+        outcome = checkpointer(folder).save(1, many, {}, {})
+        return outcome.nbytes, (outcome.path / f"__{rank}_0.distcp").stat().st_size
+
+    (nbytes, first), (_, second) = run(work, 2)
+    assert nbytes == 16 * 64 * 8 * 4
+    assert min(first, second) > nbytes / 5
+    assert first + second < 2 * nbytes
+
+
+def test_what_a_checkpoint_holds(folder):
+    def work(rank, world):
+        ckpt = checkpointer(folder, config={"a.b": (1, 2)})
+        outcome = save(ckpt, 7, "fsdp2")
+        assert outcome.path == folder / "checkpoints/step_7" and not outcome.problem
+        again = save(ckpt, 7, "fsdp2")
+        assert again == outcome  # the same step twice is one save
+        found = checkpointer(folder, config={"a.b": (1, 2)}).find()
+        rng = ckpt.rng(found)["cpu"].tolist()
+        return found.step, found.layout, rng
+
+    assert run(work, 2) == [(7, {"world": 2}, [70] * 4), (7, {"world": 2}, [71] * 4)]
+    assert names(folder) == ["latest", "step_7"]
+    step = folder / "checkpoints/step_7"
+    assert (folder / "checkpoints/latest").read_text() == "step_7\n"
+    assert (step / "resolved.toml").read_text() == "x = 1\n"
+    manifest = store.verify(step)
+    assert manifest["files"].keys() | {store.MANIFEST} == {p.name for p in step.iterdir()}
+    assert manifest["config"] == {"a.b": [1, 2]} and manifest["identity"] == IDENTITY
+
+    def elsewhere(rank, world):
+        said = []
+        ckpt = checkpointer(folder, said, config={"a.b": (1, 2)})
+        return ckpt.rng(ckpt.find()), said[-1]
+
+    assert run(elsewhere, 1) == [
+        (None, "random states are derived anew: the checkpoint is of layout {'world': 2}, this run has {'world': 1}")
+    ]
+
+
+def test_torch_itself_can_read_it(folder):
+    def work(rank, world):
+        path = save(checkpointer(folder), 2, "fsdp2").path
+        into = {name: torch.zeros_like(t) for name, t in whole(0).items()}
+        dist.checkpoint.load(into, checkpoint_id=path)
+        return same(into, whole(2))
+
+    assert run(work, 2) == [True, True]
+
+
+# ------------------------------------------------------------------------------------------------------------- retention
+
+
+def test_retention_keeps_the_newest_and_the_pinned(folder):
+    def work(rank, world):
+        ckpt = checkpointer(folder, keep=3)
+        for step in range(1, 5):
+            save(ckpt, step, "one")
+        ckpt.store.pin(ckpt.store.path(2))
+        (ckpt.store.path(3) / "state.json").write_text("x")  # damaged: it does not count, and is not deleted
+        for step in range(5, 8):
+            save(ckpt, step, "one")
+            assert names(folder)[0] == "latest"
+
+    run(work, 1)
+    assert names(folder) == ["latest", "step_2", "step_2.pin", "step_3", "step_5", "step_6", "step_7"]
+
+
+def test_retention_never_takes_the_newest_two(folder):
+    def work(rank, world):
+        ckpt = checkpointer(folder)
+        for step in range(1, 4):
+            save(ckpt, step, "one")
+        for keep in (1, 2):
+            assert ckpt.store.prune(keep) == []
+        assert ckpt.store.prune(0) == []
+
+    run(work, 1)
+    assert names(folder) == ["latest", "step_2", "step_3"]
+
+
+def test_random_sequences_against_an_oracle(folder):
+    """Save, damage, lose, pin, unpin, die half way, restart; a model of a dozen lines says what must be there."""
+    import random
+
+    dice = random.Random(0)
+    run_ = Store(folder)
+    run_.folder.mkdir()
+    intact, damaged, pins, step = set(), set(), set(), 0
+    for _ in range(700):
+        act = dice.choice(["save", "save", "save", "die", "damage", "pin", "unpin", "restart"])
+        if act in ("save", "die"):
+            step += dice.randint(1, 3)
+            aside = run_.begin(step)
+            record = store.write_file(aside / "data", b"%d" % step)
+            if act == "save":
+                store.write_manifest(aside, {"format": store.FORMAT, "step": step, "files": {"data": record}})
+                run_.publish(aside, step)
+                run_.settle(keep := dice.randint(2, 4))
+                intact.add(step)
+                intact -= set(sorted(intact)[:-keep]) - pins
+        elif act == "restart":
+            run_.sweep()
+        elif intact | damaged:
+            it = dice.choice(sorted(intact | damaged))
+            if act == "damage":
+                (run_.path(it) / "data").write_text("")
+                intact.discard(it)
+                damaged.add(it)
+            else:
+                run_.pin(run_.path(it), act == "pin")
+                (pins.add if act == "pin" else pins.discard)(it)
+        assert {store.step_of(p) for p in run_.complete()} == intact
+        assert {store.step_of(p) for p in run_.steps()} == intact | damaged
+    assert len(damaged) > 10 and step > 300
+    run_.sweep()
+    assert not [name for name in names(folder) if name.startswith(".")]
+
+
+# -------------------------------------------------------------------------------------------------------------- policies
+
+
+def test_policies(folder):
+    def fresh(rank, world):
+        ckpt = checkpointer(folder)
+        assert ckpt.find() is None and ckpt.find("never") is None
+        for step in (5, 10, 15):
+            save(ckpt, step, "fsdp2")
+
+    def auto(rank, world):
+        return resumed(checkpointer(folder), "fsdp2")
+
+    def branch(rank, world):
+        said = []
+        ckpt = checkpointer(folder, said)
+        step = resumed(ckpt, "fsdp2", str(folder / "checkpoints/step_10"))
+        save(ckpt, 12, "fsdp2")
+        return step, said
+
+    def never(rank, world):
+        ckpt = checkpointer(folder)
+        return ckpt.find("never"), ckpt.find("auto")
+
+    run(fresh, 2)
+    assert run(auto, 2) == [15, 15]
+    (step, said), (_, silent) = run(branch, 2)
+    assert step == 10 and not silent
+    assert said[0].startswith("step_15 moved to") and said[1].startswith("resuming from")
+    assert names(folder) == ["latest", "step_10", "step_12", "superseded_1"]
+    assert run(auto, 2) == [12, 12]  # not 15, which is of the history that was left
+    (step, said), _ = run(branch, 2)  # the same command again goes on: 12 goes back to 10
+    assert step == 12
+    (folder / "checkpoints/step_12/state.json").write_text("{}")
+    (step, said), _ = run(branch, 2)  # its heir is damaged, so from the start of the branch
+    assert step == 10 and "step_12 moved to" in said[0]
+    assert run(never, 2)[0] == (None, None)
+    assert names(folder) == ["superseded_1", "superseded_2", "superseded_3"]
+
+
+def test_a_path_in_another_folder_starts_a_history_of_its_own(folder):
+    def work(rank, world):
+        other = checkpointer(folder / "a")
+        for step in (1, 2):
+            save(other, step, "one")
+        path = str(folder / "a/checkpoints/step_2")
+        steps = []
+        for step in (4, 6):
+            ckpt = checkpointer(folder / "b", keep=0)
+            steps.append(resumed(ckpt, "one", path))
+            save(ckpt, step, "one")
+        store.shutil.rmtree(path)  # even without its beginning the history is recognized
+        steps.append(resumed(checkpointer(folder / "b"), "one", path))
+        return steps
+
+    assert run(work, 1) == [[2, 4, 6]]
+    assert names(folder / "b") == ["latest", "step_4", "step_6"]
+
+
+@pytest.mark.parametrize("where, reason", [("nowhere", "there is no such folder"), ("checkpoints", "has no MANIFEST.json")])
+def test_a_path_that_is_no_checkpoint(folder, where, reason):
+    def work(rank, world):
+        ckpt = checkpointer(folder)
+        save(ckpt, 1, "one" if world == 1 else "fsdp2")
+        with pytest.raises(ConfigError, match=f"checkpoint.resume=.*{where}' is not a checkpoint: {reason}; the newest .*/step_1$"):
+            ckpt.find(str(folder / where))
+
+    run(work, 2)
+
+
+def test_another_run_in_the_folder_is_refused_with_the_difference(folder):
+    rules = (("optim.*", "forbidden"), ("data.sources*", "allow"), ("identity.data", "allow"))
+    config = {"optim.lr": 1.0, "log.every": 1, "data.sources": [{"path": "a"}, {"path": "b"}], "x.off": None}
+
+    def work(rank, world):
+        base = {"config": config, "rules": rules}
+        save(checkpointer(folder, **base), 1, "fsdp2")
+
+        def error(change=None, allow=False, **identity) -> str:
+            said = []
+            try:
+                both = {"config": config | (change or {}), "identity": IDENTITY | identity}
+                checkpointer(folder, said, rules=rules, allow_change=allow, **both).find()
+            except ConfigError as e:
+                return str(e)
+            return "; ".join(said)
+
+        other = {"data.sources": [{"path": "a"}, {"path": "c"}]}
+        return (
+            error(model={"layers": 2}),
+            error({"optim.lr": 2.0, "log.every": 5}),
+            error(other, data="other"),
+            error(other, True, data="other"),
+            error({"log.every": 5}),
+        )
+
+    first, second = run(work, 2)
+    assert first[:3] == second[:3]
+    model, forbidden, refused, allowed, free = first
+    assert "step_1 is of another run: fingerprint of model was 'aa', now absent; fingerprint of model.layers was absent, now 2." in model
+    assert "is of another run: optim.lr was 1.0, now 2.0. Restore" in forbidden
+    assert "fingerprint of data was 'bb', now 'other'; data.sources.1.path was 'b', now 'c'" in refused and "allow_change=true" in refused
+    assert "differs from the checkpoint: data.sources.1.path was 'b', now 'c'" in allowed and "resuming from" in allowed
+    assert free.startswith("differs from the checkpoint: log.every was 1, now 5; resuming from")
+
+
+def test_tensors_that_do_not_fit(folder):
+    def work(rank, world):
+        ckpt = checkpointer(folder)
+        save(ckpt, 1, "fsdp2")
+        found = ckpt.find()
+        full = empty("fsdp2")
+        first = next(iter(full))
+        cases = {
+            "extra is not in the checkpoint": full | {"extra": torch.zeros(2)},
+            f"{first} is only in the checkpoint": {name: t for name, t in full.items() if name != first},
+            r"count has shape \[\] in the checkpoint, \[1\] here": full | {"count": torch.zeros(1)},
+            "count has dtype torch.float32 in the checkpoint, torch.float64 here": full | {"count": torch.zeros((), dtype=torch.float64)},
+        }
+        for message, tensors in cases.items():
+            # one rank alone: the other is told
+            with pytest.raises(ModelError, match=message):
+                ckpt.load(found, tensors if rank == 1 else full)
+
+    run(work, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------ background
+
+
+def test_background_saves_hold_the_moment_of_the_call(folder):
+    """The disk is slow and training changes the tensors at once; one save at a time, in order, seen by all in the same poll."""
+
+    def work(rank, world):
+        published, slow = [], store.CountedFile.close
+
+        def close(self):
+            time.sleep(0.03 * (1 + rank))
+            slow(self)
+
+        store.CountedFile.close = close
+        ckpt = checkpointer(folder, async_=True, keep=0)
+        polls = []
+        for step in (1, 2):
+            tensors = spread(whole(step), "fsdp2")
+            start = time.monotonic()
+            assert ckpt.save(step, tensors, {"position": step}, {}) is None
+            if step == 1:
+                assert time.monotonic() - start < 0.05
+                assert ckpt.poll() is None
+            for t in tensors.values():
+                t.fill_(-1)
+            published.append(ckpt.store.path(step - 1).exists())
+        while len(polls) < 2:
+            if outcome := ckpt.poll():
+                polls.append(outcome.step)
+        assert threading.active_count() <= 2
+        return published, polls, resumed(checkpointer(folder), "fsdp2")
+
+    assert run(work, 2) == [([False, True], [1, 2], 2)] * 2
+
+
+def test_a_background_failure_comes_with_the_next_poll(folder):
+    def work(rank, world):
+        said = []
+        ckpt = checkpointer(folder, said, async_=True)
+        save(ckpt, 1, "fsdp2")
+        if rank == 1:
+            store.at = lambda point: (_ for _ in ()).throw(OSError(28, "No space left on device")) if point == "write" else None
+        ckpt.save(2, spread(whole(2), "fsdp2"), {}, {})
+        while (outcome := ckpt.poll()) is None:
+            time.sleep(0.01)
+        store.at = lambda point: None
+        third = save(ckpt, 3, "fsdp2")
+        return outcome.path, outcome.problem, said, third.path.name
+
+    a, b = run(work, 2)
+    assert a[:2] == b[:2] and b[2] == []
+    assert a[0] is None and "rank 1" in a[1] and "No space left on device" in a[1] and "are free in" in a[1]
+    assert a[2][0].endswith("the newest checkpoint is step 1")
+    assert names(folder) == ["latest", "step_1", "step_3"]
+
+
+# ------------------------------------------------------------------------------------------------------------- the folder
+
+
+def test_two_runs_in_one_folder_are_refused(folder):
+    held, done = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        Store(folder).claim()
+        os.write(held[1], b"x")
+        os.read(done[0], 1)
+        os._exit(0)
+    os.read(held[0], 1)
+    with pytest.raises(UserError, match="another run is writing here"):
+        Store(folder).claim(patience_s=0.2)
+    os.kill(pid, 9)  # a run that was killed holds nothing
+    os.waitpid(pid, 0)
+    Store(folder).claim(patience_s=0.2)
+
+
+def test_a_checkpoint_that_appeared_meanwhile_is_not_touched(folder):
+    def work(rank, world):
+        ckpt = checkpointer(folder)
+        save(ckpt, 1, "fsdp2")
+        if rank == 0:
+            (folder / "checkpoints/step_2").mkdir()
+            (folder / "checkpoints/step_2/theirs").write_text("x")
+        return save(ckpt, 2, "fsdp2").problem
+
+    assert "exists, and was not written by this run" in run(work, 2)[1]
+    assert [p.name for p in (folder / "checkpoints/step_2").iterdir()] == ["theirs"]
+
+
+def test_the_tool(folder, capsys):
+    def work(rank, world):
+        ckpt = checkpointer(folder, keep=0)
+        for step in (1, 2, 3, 4):
+            save(ckpt, step, "one")
+
+    def said(*argv) -> tuple[int, str]:
+        code = tool([str(a) for a in argv])
+        out = capsys.readouterr()
+        return code, out.out + out.err
+
+    run(work, 1)
+    assert said("pin", folder, 2) == (0, "step_2           pinned\n")
+    (folder / "checkpoints/step_3/state.json").write_text('{"position": 9}')
+    code, text = said("ls", folder)
+    assert code == 0 and [line.split()[0] for line in text.splitlines()] == ["step_4", "step_3", "step_2", "step_1"]
+    assert text.splitlines()[0].endswith("latest") and text.splitlines()[2].endswith("pinned")
+    code, text = said("verify", folder)
+    assert code == 2 and "step_3           damaged: state.json: contents were changed" in text and text.count("intact") == 3
+    assert said("verify", folder, 1, 2)[0] == 0
+    for step, why in ((2, "is pinned"), (4, "is the newest complete checkpoint"), (9, "has no step_9")):
+        code, text = said("rm", folder, step)
+        assert code == 2 and why in text and text.startswith("error: ") and text.count("\n") == 1
+    assert said("rm", folder, 3, 1)[0] == 0
+    assert said("pin", folder, 2, "--off")[0] == 0
+    assert said("rm", folder, 4, "--force")[0] == 0
+    assert names(folder) == ["latest", "step_2"] and (folder / "checkpoints/latest").read_text() == "step_2\n"
+    assert said("ls", folder / "no")[0] == 2
+
+
+def test_due():
+    def work(rank, world):
+        ckpt = checkpointer(path)
+        ckpt.cfg = CheckpointConfig(every=5)
+        yes = [step for step in range(1, 12) if ckpt.due(step)]
+        ckpt.cfg = CheckpointConfig(every=0)
+        return yes, [step for step in range(1, 12) if ckpt.due(step)]
+
+    with run_folder() as path:
+        assert run(work, 1) == [([5, 10], [])]
+        assert gathered({}) == {}

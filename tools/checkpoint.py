@@ -1,0 +1,112 @@
+"""Looks after the checkpoints of a run.
+
+    python -m tools.checkpoint ls     RUN            what is there: step, size, ranks, when written, complete or why not
+    python -m tools.checkpoint verify RUN [STEP...]  reads every byte (or those of some steps) and compares it with the manifest
+    python -m tools.checkpoint rm     RUN STEP...    deletes; not the newest complete one or a pinned one, unless with --force
+    python -m tools.checkpoint pin    RUN STEP...    keeps them when old ones are pruned; --off undoes it
+
+RUN is the output folder of a run. Exit code 0, or 2 if something is damaged or refused. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from runtime.checkpoint import store
+from runtime.checkpoint.store import Damaged, Store, size_text
+from runtime.errors import ModelError, UserError
+
+
+def ls(run: Store) -> int:
+    latest = run.folder / "latest"
+    newest = latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
+    for path in run.steps():
+        problem = run.problem(path)
+        notes = ["pinned"] * run.pinned(path) + ["latest"] * (path.name == newest)
+        if problem:
+            print(f"{path.name:<16} damaged: {problem}")
+            continue
+        manifest = store.read_manifest(path)
+        size = size_text(sum(record["size"] for record in manifest["files"].values()))
+        print(f"{path.name:<16} {size:>10}  {manifest['layout']['world']} ranks  {manifest['written']}  {', '.join(notes)}".rstrip())
+    return 0
+
+
+def verify(run: Store, paths: list[Path]) -> int:
+    damaged = 0
+    for path in paths:
+        start = time.monotonic()
+        try:
+            size = sum(record["size"] for record in store.verify(path)["files"].values())
+            rate = size / 2**30 / max(time.monotonic() - start, 1e-9)
+            print(f"{path.name:<16} intact  ({size_text(size)}, {rate:.1f} GiB/s)")
+        except Damaged as e:
+            damaged += 1
+            print(f"{path.name:<16} damaged: {e}")
+    return 2 if damaged else 0
+
+
+def rm(run: Store, paths: list[Path], force: bool) -> int:
+    newest = run.complete()[:1]
+    for path in paths:
+        if not force and (run.pinned(path) or path in newest):
+            why = "is pinned" if run.pinned(path) else "is the newest complete checkpoint"
+            raise ModelError(f"{why}; add --force to delete it all the same", path)
+    for path in paths:
+        run.remove(path)
+        print(f"{path.name:<16} deleted")
+    run.point()
+    return 0
+
+
+def pin(run: Store, paths: list[Path], on: bool) -> int:
+    for path in paths:
+        run.pin(path, on)
+        print(f"{path.name:<16} {'pinned' if on else 'no longer pinned'}")
+    return 0
+
+
+def _paths(run: Store, steps: Sequence[int]) -> list[Path]:
+    there = {store.step_of(p): p for p in run.steps()}
+    for step in steps:
+        if step not in there:
+            raise ModelError(f"has no step_{step}; there are {', '.join(p.name for p in run.steps()) or 'no checkpoints'}", run.folder)
+    return [there[step] for step in steps]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tools.checkpoint", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, some in (("ls", None), ("verify", "*"), ("rm", "+"), ("pin", "+")):
+        command = commands.add_parser(name)
+        command.add_argument("run", type=Path, metavar="RUN", help="output folder of a run")
+        if some:
+            command.add_argument("steps", type=int, nargs=some, metavar="STEP")
+    commands.choices["rm"].add_argument("--force", action="store_true", help="also the newest complete or a pinned one")
+    commands.choices["pin"].add_argument("--off", action="store_true", help="no longer pinned")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    args = _parser().parse_args(argv)
+    run = Store(args.run)
+    try:
+        if not run.folder.is_dir():
+            raise ModelError("holds no checkpoints folder; name the output folder of a run", args.run)
+        if args.command == "ls":
+            return ls(run)
+        paths = _paths(run, args.steps)
+        if args.command == "verify":
+            return verify(run, paths or run.steps())
+        return rm(run, paths, args.force) if args.command == "rm" else pin(run, paths, not args.off)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
