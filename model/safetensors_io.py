@@ -342,10 +342,12 @@ def _require_all_rows(name: str, whole: Tensor, p: Tensor) -> None:
 
 
 def _target_modules(net: nn.Module, names: NameMap) -> list[str]:
-    """Leaf names where those select exactly the adapted linears, whole names otherwise."""
+    """Leaf names where those select exactly the adapted linears, whole names otherwise; always whole names in a multimodal
+    model, whose other parts have linears of the same leaf names."""
     linears = list(adapted(net))
     leaves = tuple(leaf_names(linears))
-    return list(leaves) if list(select_linears(net, leaves)) == linears else [names.to_hf(n) for n in linears]
+    by_leaf = not names.prefixes and list(select_linears(net, leaves)) == linears
+    return list(leaves) if by_leaf else [names.to_hf(n) for n in linears]
 
 
 def has_weights(folder: Path) -> bool:
