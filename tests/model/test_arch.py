@@ -142,13 +142,13 @@ WRONG = {
     ),
     "quantized": (
         changed(LLAMA_32_1B, quantization_config={"quant_method": "awq"}),
-        "quantization_config=.*use the unquantized repository",
+        "quantization_config=.*unquantized repository",
     ),
     "dropout": (changed(LLAMA_32_1B, attention_dropout=0.1), "attention_dropout=0.1: is not supported"),
     "partial rotary": (changed(LLAMA_32_1B, partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
     "bidirectional": (
         changed(GEMMA3_4B, text_config={"use_bidirectional_attention": True}),
-        "text_config.use_bidirectional_attention=true",
+        "use_bidirectional_attention=true",
     ),
     "attention soft-cap": (changed(GEMMA3_4B, text_config={"attn_logit_softcapping": 50.0}), "text_config.attn_logit_softcapping=50.0"),
     "wrapper quantized": (changed(GEMMA3_4B, quantization_config={}), "quantization_config"),
@@ -187,7 +187,7 @@ WRONG = {
     "foreign layer type": (changed(QWEN25_7B, layer_types=["chunked_attention"] * 28), "chunked_attention is not supported"),
     "window without size": (
         changed(QWEN25_7B, layer_types=["sliding_attention"] * 28),
-        "sliding_window=.*is needed by the sliding_attention",
+        "sliding_window=.*needed by the sliding",
     ),
     "llama with windows": (changed(LLAMA_32_1B, layer_types=["sliding_attention"] * 16), "sliding_window=absent: is needed"),
     "mixed mistral": (
@@ -208,7 +208,7 @@ def test_what_is_wrong_is_one_line(tmp_path, case):
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(ModelError, match="config.json: no such file: a model is a folder"):
+    with pytest.raises(ModelError, match="no such file: a model is a folder"):
         Arch.from_folder(tmp_path)
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(ModelError, match="not readable as JSON"):

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from data.tokenizer import Tokenizer
+from model import load_pretrained
 from model.arch import Arch
 from model.cache import Cache
+from model.config import LoraConfig
+from model.safetensors_io import export_adapter, materialize
+from tests.model.folders import prepared, train_a_little, write_model
 from tests.model.golden import GOLDEN, distance, fresh, write_config
-from tools.generate import Sampled, generate
+from tests.tiny import write_tokenizer
+from tools.generate import Sampled, generate, main, place
 
 PROMPTS = [[5], [3, 9, 27, 4, 44, 21, 8, 8, 90, 2, 17], [61, 62], [7, 7, 7, 7, 7, 7]]
 
@@ -88,3 +100,87 @@ def test_sampling_draws_from_the_distribution_it_says():
     assert p[1] < 0.8 < p[1] + p[2]  # so top_p = 0.8 keeps these two
     assert torch.allclose(shares(top_p=0.8).double(), two / two.sum(), atol=1e-3)
     assert shares(top_p=1e-9)[1] == 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder with weights and a tokenizer that has a chat template; generation_config.json names a further eos."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    vocab = write_tokenizer(path)
+    (path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}', encoding="utf-8")
+    return write_model(path, "llama", vocab_size=vocab)
+
+
+def test_command_prompts_and_chat(folder, capsys):
+    net, tokenizer = load_pretrained(folder), Tokenizer.load(folder)
+    assert tokenizer.eos_ids == (2, 7)
+    assert net.model.layers[0].self_attn.backend.name == "varlen"
+
+    def answers(texts: list[str]) -> str:
+        prompts = [tokenizer.encode(t) for t in texts]
+        return "".join(tokenizer.decode(a, skip_special=True) + "\n" for a in generate(net, prompts, 5, tokenizer.eos_ids))
+
+    assert main(["--model", str(folder), "--max-new-tokens=5", "--prompt", "the cat", "--prompt", "on a mat"]) == 0
+    out, err = capsys.readouterr()
+    assert out == answers(["the cat", "on a mat"]) and err == ""
+    assert main(["--model", str(folder), "--max-new-tokens=5", "--chat", "the cat"]) == 0
+    assert capsys.readouterr().out == answers(["<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"])
+
+
+def test_command_file_and_adapter(folder, tmp_path, capsys):
+    base, adapter = load_pretrained(folder), tmp_path / "adapter"
+    net = prepared(folder, LoraConfig(rank=4))
+    materialize(net, "cpu", 0, folder)
+    train_a_little(net)
+    export_adapter(net, adapter, LoraConfig(rank=4), "base")
+    rows = [{"prompt": "the cat", "id": 1}, {"messages": [{"role": "user", "content": "dogs"}]}]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
+    assert main(["--model", str(folder), "--adapter", str(adapter), "--max-new-tokens=6", "--file", str(file)]) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [{k: v for k, v in p.items() if k != "completion"} for p in printed] == rows
+    tokenizer = Tokenizer.load(folder)
+    prompt = tokenizer.encode("the cat")
+    (expected,), (unadapted,) = (generate(n, [prompt], 6, tokenizer.eos_ids) for n in (net, base))
+    assert printed[0]["completion"] == tokenizer.decode(expected, skip_special=True)
+    assert expected != unadapted
+
+
+WRONG = {
+    "no folder": (["--model", "/no/such", "--prompt", "x"], "/no/such: no such folder"),
+    "no cuda": (["--prompt", "x", "--device", "cuda"], "--device='cuda' is not available here"),
+    "limit": (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens=0 must be at least 1"),
+    "temperature": (["--prompt", "x", "--temperature", "-1"], "--temperature=-1.0 must be 0 or positive"),
+    "top_p": (["--prompt", "x", "--top-p", "0"], "--top-p=0.0 must be above 0"),
+    "empty": (["--prompt", ""], "prompt 1 is empty"),
+    "no file": (["--file", "/no/such.jsonl"], "/no/such.jsonl: cannot be read"),
+    "no JSON": (["--file", "{tmp}/a.jsonl"], "a.jsonl:2: is not JSON"),
+    "no prompt": (["--file", "{tmp}/b.jsonl"], "b.jsonl:1: needs `prompt`"),
+    "role": (["--file", "{tmp}/c.jsonl"], "prompt 1: .*unknown role judge"),
+    "no messages": (["--file", "{tmp}/d.jsonl"], "prompt 1: "),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_command_errors_are_one_line_and_exit_code_2(folder, tmp_path, capsys, case):
+    args, message = WRONG[case]
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n{\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "c.jsonl").write_text('{"messages": [{"role": "judge", "content": "x"}]}\n')
+    (tmp_path / "d.jsonl").write_text('{"messages": ["x"]}\n')
+    model = [] if "--model" in args else ["--model", str(folder)]
+    assert main([*model, *(a.replace("{tmp}", str(tmp_path)) for a in args)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert re.search(message, err)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compares with the CPU's defaults")
+def test_auto_is_fp32_on_the_cpu():
+    assert place("auto", "auto") == ("cpu", torch.float32)
+    assert place("cpu", "bf16") == ("cpu", torch.bfloat16)
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from tools.generate import _parser; _parser().format_help(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0

@@ -55,7 +55,7 @@ def test_an_fp32_master_gets_its_gradient_in_fp32():
     hidden, weight, labels, upstream = inputs(4096, torch.float32)
     half = hidden.detach().bfloat16().requires_grad_()
     exact = run(linear_logprob_ref, half.detach().double().requires_grad_(), weight.detach().double().requires_grad_(), labels, upstream)
-    logp, dh, dw = run(linear_logprob, half, weight, labels, upstream, budget=1)  # 256 chunks: a bf16 sum would lose them
+    _, dh, dw = run(linear_logprob, half, weight, labels, upstream, budget=1)  # 256 chunks: a bf16 sum would lose them
     assert dw.dtype == torch.float32 and dh.dtype == torch.bfloat16
     assert distance(dw, exact[2]) < 5e-3
 
