@@ -16,17 +16,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from model import peft_format
+from model import build, peft_format
+from model.arch import Arch
 from model.config import LoraConfig
 from model.peft_format import PREFIX, Adapter, open_adapter
-from model.tensor_folder import Layout, Spec, TensorFolder, Value, compare, leads, listed, publish, read_json
-from model.transforms.lora import adapted, is_adapter, leaf_names, select_linears
+from model.tensor_folder import SHARD_BYTES, Layout, Spec, TensorFolder, Value, compare, leads, listed, publish, read_json
+from model.transforms.lora import adapted, apply_lora, is_adapter, leaf_names, select_linears
 from model.weights import EMBEDDING, HEAD, NameMap, full, initialize, local, parameters_at_rest, region
 from runtime.errors import ModelError
 
@@ -107,8 +109,16 @@ def load_adapter(net: nn.Module, folder: str | Path) -> set[str]:
         ModelError: the folder is no adapter we compute, or not one for this model as it was prepared.
     """
     adapter = open_adapter(folder)
+    parameters, sources = dict(parameters_at_rest(net)), _adapter_sources(net, adapter)
+    for name, hf in sources.items():
+        _copy(parameters[name], adapter.tensors, hf)
+    return set(sources)
+
+
+def _adapter_sources(net: nn.Module, adapter: Adapter) -> dict[str, str]:
+    """Our name -> the adapter's, for every tensor it holds, once it fits the adapters of `net`."""
+    folder, linears = adapter.tensors.folder, adapted(net)
     names = NameMap.of(net, [f"{n}.weight" for n in adapter.linears])
-    linears = adapted(net)
     theirs = {names.to_hf(name): linear for name, linear in linears.items()}
     if theirs.keys() != set(adapter.linears):
         raise ModelError(f"{listed(theirs.keys() ^ set(adapter.linears))}: not the linears that lora.targets selects", folder)
@@ -116,15 +126,13 @@ def load_adapter(net: nn.Module, folder: str | Path) -> set[str]:
         if (rank := linear.lora_A.weight.shape[0]) != adapter.rank or linear.adapter.scale != adapter.scale:
             here, there = f"rank {rank}, scale {linear.adapter.scale:g}", f"rank {adapter.rank}, scale {adapter.scale:g}"
             raise ModelError(f"has {there}, but lora.rank and lora.alpha give {here} ({name})", folder)
-    parameters = dict(parameters_at_rest(net))
     sources = {f"{name}.lora_{m}.weight": f"{PREFIX}{names.to_hf(name)}.lora_{m}.weight" for name in linears for m in "AB"}
     for hf in adapter.saved:
         sources[_saved_name(net, names, adapter, hf)] = PREFIX + hf
+    parameters = dict(net.named_parameters())
     for name, hf in sources.items():
         _check_tensor(hf, adapter.tensors, parameters[name])
-    for name, hf in sources.items():
-        _copy(parameters[name], adapter.tensors, hf)
-    return set(sources)
+    return sources
 
 
 def adapter_config(net: nn.Module, folder: str | Path) -> LoraConfig:
@@ -221,7 +229,7 @@ def export_full(
     dtype: torch.dtype | None = None,
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes the model in Hugging Face layout, adapters merged in. A collective.
 
@@ -233,13 +241,39 @@ def export_full(
     Raises:
         ModelError: see `publish`.
     """
-    layout, value = _full(net, Path(source), dtype)
-    files = pass_through(Path(source), MODEL_FILES) | pass_through(Path(tokenizer or source), TOKENIZER_FILES)
-    if "config.json" not in files:
-        raise ModelError("has no config.json to copy into the export", source)
-    if dtype is not None:
-        files["config.json"] = config_with_dtype(Path(source) / "config.json", dtype)
-    publish(out, layout, value, files, shard_bytes=shard_bytes, overwrite=overwrite)
+    files = _model_files(Path(source), Path(tokenizer or source), dtype)
+    publish(out, *_full(net, Path(source), dtype, live(net)), files, shard_bytes=shard_bytes, overwrite=overwrite)
+
+
+def merge_folders(
+    base: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """What `export_full` writes of the base model with the adapter, from their folders, with one tensor in memory at a time.
+
+    Tokenizer files are the adapter folder's if it has a tokenizer.
+
+    Raises:
+        ModelError: the adapter is not one of this base model, or see `publish`.
+    """
+    base, adapter = Path(base), Path(adapter)
+    net = build(Arch.from_folder(base))
+    apply_lora(net, adapter_config(net, adapter))
+    weights, update = TensorFolder(base), open_adapter(adapter)
+    sources = {name: (weights, hf) for name, hf in _sources(net, weights).items()}
+    sources |= {name: (update.tensors, hf) for name, hf in _adapter_sources(net, update).items()}
+
+    def stored(name: str) -> Tensor:
+        tensors, hf = sources[name]
+        return tensors.read(hf)
+
+    files = _model_files(base, adapter if (adapter / "tokenizer.json").is_file() else base, dtype)
+    publish(out, *_full(net, base, dtype, stored), files, shard_bytes=shard_bytes, overwrite=overwrite)
 
 
 def verify_full(folder: str | Path, net: nn.Module, source: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -250,12 +284,18 @@ def verify_full(folder: str | Path, net: nn.Module, source: str | Path, *, dtype
     Raises:
         ModelError: it is not this model.
     """
-    compare(Path(folder), *_full(net, Path(source), dtype))
+    compare(Path(folder), *_full(net, Path(source), dtype, live(net)))
 
 
-def _full(net: nn.Module, source: Path, dtype: torch.dtype | None) -> tuple[Layout, Value]:
+def live(net: nn.Module) -> Callable[[str], Tensor]:
+    """A parameter's whole value by its name. A collective where it is sharded."""
     parameters = dict(parameters_at_rest(net))
-    linears = adapted(net)
+    return lambda name: full(parameters[name])
+
+
+def _full(net: nn.Module, source: Path, dtype: torch.dtype | None, fetch: Callable[[str], Tensor]) -> tuple[Layout, Value]:
+    """Layout and values of the whole model as `source` names and types its tensors; `fetch` gives each parameter's value."""
+    parameters, linears = dict(net.named_parameters()), adapted(net)
     stored = TensorFolder(source) if has_weights(source) else None
     known: Layout = stored.specs if stored else {}
     names = NameMap.of(net, known)
@@ -271,10 +311,8 @@ def _full(net: nn.Module, source: Path, dtype: torch.dtype | None) -> tuple[Layo
             return stored.read(hf) if leads() else None
         name = ours[hf]
         module = name.removesuffix(".weight")
-        parts = [parameters[name]]
-        if module in linears and name.endswith(".weight"):
-            parts += [parameters[f"{module}.lora_A.weight"], parameters[f"{module}.lora_B.weight"]]
-        whole = [full(p) for p in parts]
+        parts = [name, f"{module}.lora_A.weight", f"{module}.lora_B.weight"] if module in linears else [name]
+        whole = [fetch(part) for part in parts]
         if not leads():
             return None
         weight, *factors = (w.cpu() for w in whole)
@@ -348,6 +386,16 @@ def _target_modules(net: nn.Module, names: NameMap) -> list[str]:
     leaves = tuple(leaf_names(linears))
     by_leaf = not names.prefixes and list(select_linears(net, leaves)) == linears
     return list(leaves) if by_leaf else [names.to_hf(n) for n in linears]
+
+
+def _model_files(source: Path, tokenizer: Path, dtype: torch.dtype | None) -> dict[str, bytes | Path]:
+    """The small files of a full export."""
+    files: dict[str, bytes | Path] = pass_through(source, MODEL_FILES) | pass_through(tokenizer, TOKENIZER_FILES)
+    if "config.json" not in files:
+        raise ModelError("has no config.json to copy into the export", source)
+    if dtype is not None:
+        files["config.json"] = config_with_dtype(source / "config.json", dtype)
+    return files
 
 
 def has_weights(folder: Path) -> bool:
