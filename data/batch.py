@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-IGNORE = -100  # label of a slot where nothing is learned
+from data.sample import IGNORE
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Batch:
     cu_seqlens: Tensor  # [N+1] int32 document borders, from 0, padded with T to a fixed N
     max_seqlen: int  # constant for the run: no document is longer
     pack: int = 0  # number of this pack in the run's plan; the same at any world size (dropout derives from it)
+    filled: int = 0  # slots that hold documents; those after them are padding
     group: dict[str, Tensor] = field(default_factory=dict)  # per-document fields, [N] each, e.g. "source" int64
 
     def to(self, device: torch.device | str) -> Batch:

@@ -1,0 +1,434 @@
+"""Conversations to text by the model's own chat template, and which of its characters are trained.
+
+A chat template is a jinja program that comes with the model, so it is a stranger's program. It runs in jinja's immutable
+sandbox with the settings that transformers gives it (so the same text comes out), today's date replaced by a fixed one, and
+bounds on what it may produce.
+
+Which characters are trained. A template is rendered once per conversation, on messages whose strings are `Text`: strings in
+every respect, but each remembers which message it came from, through concatenation, slicing, stripping, splitting and the
+like. So the rendered text itself says where every message's text went, whatever the template did with it. A trained
+message then trains exactly what the model has to produce in its place:
+
+  from   the end of the generation prompt: what the template writes when asked to open a reply, found once by a probe. Where
+         that is not what precedes the message, from the message's first character;
+  to     the end of its turn, inclusive: the first token after its text that ends generation (eos, the generation config's,
+         or the special token with which the template closes a reply); where there is none, the plain text with which the
+         template closes a reply, else the first special token, which is then the only sign that the turn is over.
+
+A template that has `{% generation %}` blocks says itself what the model produces, and those are taken as they are.
+
+Nothing is guessed: each trained message must appear in one piece with its whole text (up to white space), and no other
+message's text in between. A template that drops or rewrites part of it (the reasoning of earlier turns, say) is an error for
+that record, with the way out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import date, datetime, time
+from itertools import groupby
+from pathlib import Path
+
+from jinja2 import TemplateError, TemplateSyntaxError, nodes, pass_eval_context
+from jinja2.compiler import CodeGenerator
+from jinja2.ext import Extension
+from jinja2.filters import FILTERS
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+from data.sample import BadRecord
+from data.tokenizer import Tokenizer, read_template
+from runtime.errors import DataError, ModelError
+
+MAX_OUTPUT = 16 << 20  # characters that a template may write; jinja's sandbox bounds range() to 100,000 by itself
+GENERATION = -1  # the source of text inside {% generation %}
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which a message's reasoning is passed
+
+Span = tuple[int, int]
+
+
+# ---------------------------------------------------------------------------------------------- text that knows its source
+
+
+class Text(str):
+    """A string and where its characters came from: `runs` of (begin, end, source), in order of creation.
+
+    What cannot be followed becomes a plain string, which has no source: then less is known, never something wrong.
+    """
+
+    __slots__ = ("runs",)
+    runs: tuple[tuple[int, int, int], ...]
+
+    def __new__(cls, text: str, runs: tuple[tuple[int, int, int], ...]):
+        self = super().__new__(cls, text)
+        self.runs = runs
+        return self
+
+    def __str__(self):
+        return self
+
+    def __add__(self, other):
+        return join((self, other)) if isinstance(other, str) else NotImplemented
+
+    def __radd__(self, other):
+        return join((other, self)) if isinstance(other, str) else NotImplemented
+
+    def __getitem__(self, key):
+        if isinstance(key, slice) and key.step in (None, 1):
+            begin, end, _ = key.indices(len(self))
+            return self._cut(begin, max(begin, end))
+        return self._whole(str.__getitem__(self, key))
+
+    def lstrip(self, chars=None):
+        return self._cut(len(self) - len(str.lstrip(self, chars)), len(self))
+
+    def rstrip(self, chars=None):
+        return self._cut(0, len(str.rstrip(self, chars)))
+
+    def strip(self, chars=None):
+        return self.rstrip(chars).lstrip(chars)
+
+    def _cut(self, begin: int, end: int) -> Text:
+        clipped = ((max(b, begin) - begin, min(e, end) - begin, s) for b, e, s in self.runs)
+        # A run may become empty where it is all there is: an empty message still has a place.
+        runs = tuple(run for run in clipped if run[0] < run[1] or (run[0] == run[1] and len(self.runs) == 1))
+        return Text(str.__getitem__(self, slice(begin, end)), runs)
+
+    def _whole(self, value):
+        """`value`, made of this text: of its source too, if it has exactly one."""
+        one = len(self.runs) == 1 and self.runs[0][:2] == (0, len(self))
+        return mark(value, self.runs[0][2]) if one else value
+
+
+def _follow(name: str):
+    method = getattr(str, name)
+
+    def call(self, *args, **kwargs):
+        return self._whole(method(self, *args, **kwargs))
+
+    return call
+
+
+for _name in (
+    "split rsplit splitlines partition rpartition replace removeprefix removesuffix lower upper capitalize title casefold swapcase"
+).split():
+    setattr(Text, _name, _follow(_name))
+
+
+def mark(value, source: int):
+    """`value` with every string in it (but keys of objects) as Text from `source`."""
+    if isinstance(value, str):
+        return Text(value, ((0, len(value), source),))
+    if isinstance(value, dict):
+        return {key: mark(item, source) for key, item in value.items()}
+    return type(value)(mark(item, source) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def join(pieces: Iterable[str]) -> str:
+    """`"".join` that keeps the sources, and the bound on what a template may write."""
+    pieces = tuple(pieces)
+    runs, at = [], 0
+    for piece in pieces:
+        if type(piece) is Text:
+            runs += [(begin + at, end + at, source) for begin, end, source in piece.runs]
+        at += len(piece)
+    if at > MAX_OUTPUT:
+        raise SecurityError(f"more than {MAX_OUTPUT} characters were written")
+    text = "".join(pieces)
+    return Text(text, tuple(runs)) if runs else text
+
+
+def _sources(value) -> Iterator[int]:
+    if isinstance(value, Text):
+        yield from (source for _, _, source in value.runs)
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _sources(item)
+
+
+# ------------------------------------------------------------------------------------------------------------ environment
+
+
+class _Generation(Extension):
+    """`{% generation %} ... {% endgeneration %}`: what the model produces."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+    def _marked(self, caller):
+        text = caller()
+        return Text(text, (*getattr(text, "runs", ()), (0, len(text), GENERATION)))
+
+
+class _Code(CodeGenerator):
+    def visit_Concat(self, node, frame):
+        """`a ~ b`, through the environment's own `concat` where jinja has a function of its own."""
+        self.write("concat((")
+        for item in node.nodes:
+            self.write("str(")
+            self.visit(item, frame)
+            self.write("), ")
+        self.write("))")
+
+
+class _Raised(TemplateError):
+    """The template called raise_exception."""
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    code_generator_class = _Code
+    concat = staticmethod(join)
+    intercepted_binops = frozenset(("*", "**"))
+
+    def __init__(self, today: date):
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+        del self.globals["lipsum"]
+        self.globals |= {"raise_exception": _raise, "strftime_now": datetime.combine(today, time()).strftime}
+        self.filters |= {"tojson": _tojson, "join": _join}
+
+    def call_binop(self, context, operator, left, right):
+        sequence, times = (left, right) if hasattr(left, "__len__") else (right, left)
+        if hasattr(sequence, "__len__") and isinstance(times, int) and len(sequence) * times > MAX_OUTPUT:
+            raise SecurityError(f"more than {MAX_OUTPUT} characters were written")
+        if operator == "**" and isinstance(right, (int, float)) and right > 64:
+            raise SecurityError("an exponent is above 64")
+        return super().call_binop(context, operator, left, right)
+
+
+def _raise(message):
+    raise _Raised(str(message))
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """As transformers has it: no HTML escapes, spaces as json.dumps puts them."""
+    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    sources = set(_sources(value))
+    return mark(text, sources.pop()) if len(sources) == 1 else text
+
+
+@pass_eval_context
+def _join(eval_ctx, value, d="", attribute=None):
+    if attribute is not None:
+        return FILTERS["join"](eval_ctx, value, d, attribute)
+    pieces = [piece for item in value for piece in (str(d), str(item))]
+    return join(pieces[1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------- template
+
+
+class _Template:
+    """One compiled template, and what a probe of it tells about its turns."""
+
+    def __init__(self, source: str, today: date, variables: dict, special_texts: Sequence[str], stop_texts: Sequence[str]):
+        environment = _Environment(today)
+        self._template = environment.from_string(source)
+        self._variables = variables
+        self.has_generation = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source))
+        self.after_user, self.prompt, self.closing = self._probe()
+        self._special = _any_of(special_texts)
+        closer = self._special.search(self.closing)
+        self._stop = _any_of({*stop_texts, *([closer[0]] if closer else ())})
+        self._plain_closing = "" if closer else self.closing.rstrip()
+
+    def render(self, messages: list[dict], tools: list | None, prompt: bool) -> str:
+        """The text, a Text where messages are marked. Raises BadRecord with the template's own words."""
+        variables = {**self._variables, "messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
+        try:
+            return join(self._template.root_render_func(self._template.new_context(variables)))
+        except _Raised as error:
+            raise BadRecord(f"the chat template refuses it: {_one_line(error)}") from None
+        except (TemplateError, RecursionError, MemoryError) as error:
+            raise BadRecord(f"the chat template fails: {_one_line(error)}") from None
+        except Exception as error:  # a template is a program: whatever it does wrong is the data's or the template's fault
+            raise BadRecord(f"the chat template fails: {type(error).__name__}: {_one_line(error)}") from None
+
+    def _probe(self) -> tuple[str | None, str, str]:
+        """What the template writes between a user's text and a reply, the part of it that opens the reply, and after a reply.
+
+        A template that refuses such a small conversation tells nothing; then messages begin where their text does.
+        """
+        user = {"role": "user", "content": mark("x", 0)}
+        reply = {"role": "assistant", "content": mark("y", 1)}
+        try:
+            after = _tail(self.render([user], None, True), 0)
+            without = _tail(self.render([user], None, False), 0)
+        except BadRecord:
+            after = without = None
+        try:
+            closing = _tail(self.render([user, reply], None, False), 1)
+        except BadRecord:
+            closing = None
+        prompt = "" if after is None or without is None else after[len(os.path.commonprefix((after, without))) :]
+        return after, prompt, closing or ""
+
+    def begin_of(self, gap: str, follows_user: bool) -> int:
+        """How much of `gap`, the text between a message's text and the one before, is not the message's to produce."""
+        if follows_user and self.after_user is not None and gap.startswith(self.after_user):
+            return len(self.after_user)
+        at = gap.rfind(self.prompt) if self.prompt.strip() else -1
+        return len(gap) if at < 0 else at + len(self.prompt)
+
+    def end_of(self, gap: str) -> int:
+        """How much of `gap`, the text from a message's text to the next one, ends the message's turn."""
+        if found := self._stop.search(gap):
+            return found.end()
+        if self._plain_closing and gap.startswith(self._plain_closing):
+            return len(self._plain_closing)
+        found = self._special.search(gap)
+        return found.end() if found else 0
+
+
+def _tail(text: str, source: int) -> str | None:
+    """What follows the last character from `source`."""
+    ends = [end for _, end, s in getattr(text, "runs", ()) if s == source]
+    return str.__getitem__(text, slice(max(ends), None)) if ends else None
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern:
+    """Matches any of `texts`, longest first; nothing if there are none."""
+    return re.compile("|".join(re.escape(text) for text in sorted(filter(None, texts), key=lambda t: (-len(t), t))) or r"(?!)")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+# -------------------------------------------------------------------------------------------------------------------- chat
+
+
+class Chat:
+    """A tokenizer's chat template, or another one in its place.
+
+    Args:
+        template: a file that replaces the model's template.
+        variables: given to the template by name.
+        today: what `strftime_now` tells.
+
+    Raises:
+        DataError, ModelError: there is no template, or it is not valid jinja.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: Path | None = None, variables: dict | None = None, today: date = date(2024, 7, 26)):
+        self.sources = {"default": read_template(template)} if template else tokenizer.templates
+        if not self.sources:
+            raise ModelError("the tokenizer has no chat template; set data.template to a file with one, or use another format")
+        texts = {i: text for text, i in tokenizer.special_texts.items()}
+        special = [text for i, text in texts.items() if i != tokenizer.bos_id or i in tokenizer.eos_ids]
+        stop = [texts[i] for i in tokenizer.eos_ids if i in texts]
+        names = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+        known = {f"{name}_token": tokenizer.special[f"{name}_token"] for name in names if f"{name}_token" in tokenizer.special}
+        self._templates = {}
+        for name, source in self.sources.items():
+            try:
+                self._templates[name] = _Template(source, today, known | (variables or {}), special, stop)
+            except TemplateSyntaxError as error:
+                where = DataError if template else ModelError
+                raise where(f"the chat template is not valid jinja: line {error.lineno}: {_one_line(error)}", template) from None
+
+    def _choose(self, tools: list | None) -> _Template:
+        """As transformers does: the template named tool_use for conversations with tools, if there is one."""
+        name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
+        if name not in self._templates:
+            raise BadRecord(f"the tokenizer has no chat template named default, only {', '.join(self._templates)}")
+        return self._templates[name]
+
+    def render(self, messages: list[dict], tools: list | None = None, generation_prompt: bool = False) -> str:
+        """The conversation as text; `generation_prompt` opens the model's next reply."""
+        return str.__str__(self._choose(tools).render([_plain(message) for message in messages], tools, generation_prompt))
+
+    def spans(self, messages: list[dict], tools: list | None, trained: Sequence[bool]) -> tuple[str, list[Span]]:
+        """The conversation as text, and the character ranges to train for the messages that are `trained`, in order."""
+        template = self._choose(tools)
+        messages = [_plain(message) for message in messages]
+        marked = [{k: v if k == "role" else mark(v, i) for k, v in message.items()} for i, message in enumerate(messages)]
+        text = template.render(marked, tools, False)
+        runs = sorted(getattr(text, "runs", ()))
+        text = str.__str__(text)
+        # Consecutive runs of one message are a block: (message, begin, end)
+        blocks = []
+        for source, group in groupby((run for run in runs if run[2] != GENERATION), key=lambda run: run[2]):
+            group = list(group)
+            blocks.append((source, group[0][0], max(run[1] for run in group)))
+        if template.has_generation:
+            spans = _marked_spans(blocks, [(b, e) for b, e, s in runs if s == GENERATION], trained)
+        else:
+            spans = _turn_spans(template, text, blocks, messages, trained)
+        shown: dict[int, list[str]] = {}
+        for begin, end, i in spans:
+            shown.setdefault(i, []).append(text[begin:end])
+        for i, message in enumerate(messages):
+            if trained[i]:
+                _check_shown(message, i, shown.get(i, []))
+        return text, [(begin, end) for begin, end, _ in spans]
+
+
+def _turn_spans(template: _Template, text: str, blocks: list, messages: list[dict], trained: Sequence[bool]) -> list[tuple[int, int, int]]:
+    """(begin, end, message) of every trained turn."""
+    spans, seen = [], set()
+    for n, (i, begin, end) in enumerate(blocks):
+        if not trained[i]:
+            continue
+        if i in seen:
+            raise BadRecord(f"{_named(messages[i], i)}: the chat template puts another message's text inside it")
+        seen.add(i)
+        before = blocks[n - 1][2] if n else 0
+        follows_user = n > 0 and messages[blocks[n - 1][0]].get("role") == "user"
+        after = blocks[n + 1][1] if n + 1 < len(blocks) else len(text)
+        spans.append((before + template.begin_of(text[before:begin], follows_user), end + template.end_of(text[end:after]), i))
+    return spans
+
+
+def _marked_spans(blocks: list, generated: list[Span], trained: Sequence[bool]) -> list[tuple[int, int, int]]:
+    """(begin, end, message) of the template's own {% generation %} blocks, for the messages that are trained."""
+    spans, n = [], 0
+    for begin, end in generated:
+        while n < len(blocks) and blocks[n][1] < begin:
+            n += 1
+        owners = set()
+        while n < len(blocks) and blocks[n][1] < end:
+            owners.add(blocks[n][0])
+            n += 1
+        if len({trained[i] for i in owners}) != 1:
+            raise BadRecord("a {% generation %} block of the chat template holds the text of no message, or of some to train and some not")
+        if trained[i := min(owners)]:
+            spans.append((begin, end, i))
+    return spans
+
+
+def _plain(message: dict) -> dict:
+    """A message as templates expect it: absent instead of null, and reasoning under each of its usual names."""
+    message = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((message[key] for key in _REASONING if key in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _check_shown(message: dict, i: int, spans: list[str]) -> None:
+    """All text of a trained message must be in what is trained for it, up to white space."""
+    if not spans:
+        raise BadRecord(f"{_named(message, i)}: the chat template does not show it as the model's, so it cannot be trained")
+    content = message.get("content", "")
+    wanted = [("content", part["text"]) for part in content] if isinstance(content, list) else [("content", content)]
+    wanted += [("tool_calls", call.get("function", call)["name"]) for call in message.get("tool_calls", ())]
+    wanted.append(("reasoning", message.get("reasoning_content", "")))
+    shown = "".join(spans)
+    squeezed = None
+    for field, value in wanted:
+        if value.strip() in shown:
+            continue
+        squeezed = squeezed or "".join(shown.split())
+        if "".join(value.split()) not in squeezed:
+            raise BadRecord(
+                f"{_named(message, i)}: the chat template leaves out or rewrites part of its {field} (as some do with the reasoning"
+                ' of earlier turns), so it cannot be trained; set train_on = "last", or data.template'
+            )
+
+
+def _named(message: dict, i: int) -> str:
+    return f"message {i + 1} ({message.get('role')})"

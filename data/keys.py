@@ -1,0 +1,30 @@
+"""Random order that is the same everywhere and for ever: sort by a hash of (purpose, index).
+
+numpy's generators may change their streams from version to version; a run resumed after an upgrade would then read other
+data. The hash is splitmix64 (Steele et al., "Fast splittable pseudorandom number generators", OOPSLA 2014), whose outputs
+are 64 well mixed bits, so that equal keys do not happen in practice and stay in index order if they do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+def keys(indices: np.ndarray | int, *purpose: int | str) -> np.ndarray:
+    """A key for each index (or each of the first so many), uint64, independent between purposes."""
+    seed = hashlib.blake2b(repr(purpose).encode(), digest_size=8).digest()
+    indices = np.arange(indices, dtype=np.uint64) if isinstance(indices, int) else indices.astype(np.uint64)
+    with np.errstate(over="ignore"):
+        z = np.uint64(int.from_bytes(seed, "little")) + (indices + np.uint64(1)) * _GAMMA
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def permutation(count: int, *purpose: int | str) -> np.ndarray:
+    """The numbers below `count` in random order, int64."""
+    return np.argsort(keys(count, *purpose), kind="stable")

@@ -1,0 +1,229 @@
+"""From sources to documents: read, convert, tokenize into the cache, apply the policy for long documents.
+
+Tokenization is where the time goes, so it gets all cores: texts are encoded in batches by the `tokenizers` library, in a
+thread beside this one, which meanwhile reads, parses and renders the next batch. Masks need the tokens at the ends of a
+span only, so the library is asked for those two instead of turning every token's offsets into Python objects.
+
+The cache is keyed by content: the bytes of the files, the format and everything it depends on, the tokenizer. The limit on
+length is not in the key: it is applied to the index, so that trying another one costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+from tqdm import tqdm
+
+from data import formats
+from data.config import DataConfig, SourceConfig
+from data.documents import Documents, Origin
+from data.sample import TRAINED, BadRecord, Sample, Tokens
+from data.sources import find_files, read_records
+from data.store import Writer, find_or_make
+from data.tokenizer import Tokenizer
+from runtime.errors import DataError, ModelError
+
+CODE_VERSION = 1  # of everything between a file's bytes and its tokens: raise it when that changes, and caches are made anew
+_BATCH_CHARACTERS = 1 << 20
+_BATCH_RECORDS = 4096
+_MANY_SPANS = 16  # above, offsets of all tokens are cheaper than searching for each span
+
+
+def prepare(
+    cfg: DataConfig, sources: tuple[SourceConfig, ...], tokenizer: Tokenizer, cache: Path, seed: int, progress: bool = True
+) -> Documents:
+    """Tokenizes what is not in the cache yet and returns the documents of `sources`.
+
+    Several processes may call it with the same arguments: one works, the others wait for its cache.
+
+    Args:
+        seed: decides which documents a fractional weight takes in an epoch.
+        progress: show a bar on stderr.
+
+    Raises:
+        DataError: a file, a record or a template is wrong, or there is nothing to train on.
+    """
+    origins = []
+    for source, name in zip(sources, _names(sources)):
+        files = find_files(source)
+        form = formats.build(cfg, source, tokenizer)
+        key = _key(files, form.key, tokenizer)
+        bar = tqdm(
+            total=sum(file.stat().st_size for file in files),
+            desc=f"tokenizing {name}",
+            unit="B",
+            unit_scale=True,
+            disable=not progress,
+            delay=1,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+        ends = frozenset(tokenizer.special_texts.values()) | set(tokenizer.eos_ids)
+        with bar:
+            store = find_or_make(cache, key, ends, lambda writer: _tokenize(files, form, tokenizer, writer, bar))  # noqa: B023 (called at once)
+        origins.append(Origin(name, source.weight, source.path, tuple(files), store))
+    return Documents.of(origins, cfg.longest, cfg.overflow, tokenizer.pad_id, seed)
+
+
+def _names(sources: tuple[SourceConfig, ...]) -> list[str]:
+    """A name for each source: its own, or one made of its path; equal ones are numbered."""
+    names: list[str] = []
+    for source in sources:
+        parts = [part for part in Path(source.path).parts if "*" not in part] or ["data"]
+        name = base = source.name or Path(parts[-1]).stem
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{base}-{number}"
+        names.append(name)
+    return names
+
+
+def _key(files: list[Path], form: object, tokenizer: Tokenizer) -> str:
+    contents = []
+    for path in files:
+        digest = hashlib.blake2b(digest_size=16)
+        try:
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror or error}", path) from None
+        contents.append([path.suffix, digest.hexdigest()])
+    facts = json.dumps([CODE_VERSION, tokenizers.__version__, tokenizer.fingerprint, form, contents])
+    return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
+
+
+class _Item(NamedTuple):
+    file: int
+    line: int
+    size: int
+    sample: Sample | Tokens
+
+
+def _tokenize(files: list[Path], form: formats.Format, tokenizer: Tokenizer, writer: Writer, bar: tqdm) -> None:
+    """Writes every record of `files`, in order."""
+    surround = _Surround(tokenizer)
+    begun = 0
+
+    def finish(batch: list[_Item], encoded: Future) -> None:
+        nonlocal begun
+        encodings = iter(encoded.result())
+        for item in batch:
+            while begun <= item.file:
+                writer.begin_file()
+                begun += 1
+            document = item.sample if isinstance(item.sample, np.ndarray) else surround.tokens(item.sample, next(encodings))
+            if not len(document):
+                raise DataError("gives no tokens", files[item.file], item.line)
+            writer.add(document, item.line)
+        bar.update(sum(item.size for item in batch))
+
+    waiting: deque[tuple[list[_Item], Future]] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            for batch in _batches(files, form):
+                waiting.append((batch, pool.submit(_encode, batch, files, tokenizer)))
+                if len(waiting) > 2:
+                    finish(*waiting.popleft())
+            while waiting:
+                finish(*waiting.popleft())
+        finally:
+            for _, encoded in waiting:
+                encoded.cancel()
+    if not begun:
+        raise DataError("there are no records", files[0] if len(files) == 1 else files[0].parent)
+
+
+def _batches(files: list[Path], form: formats.Format) -> Iterator[list[_Item]]:
+    batch: list[_Item] = []
+    characters = 0
+    for number, path in enumerate(files):
+        for record in read_records(path):
+            try:
+                sample = form.convert(record.value)
+            except BadRecord as error:
+                raise DataError(str(error), path, record.line) from None
+            batch.append(_Item(number, record.line, record.size, sample))
+            characters += len(sample if isinstance(sample, np.ndarray) else sample.text)
+            if characters > _BATCH_CHARACTERS or len(batch) >= _BATCH_RECORDS:
+                yield batch
+                batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(batch: list[_Item], files: list[Path], tokenizer: Tokenizer) -> list:
+    """The encodings of the batch's texts, in order."""
+    samples = [item.sample for item in batch if isinstance(item.sample, Sample)]
+    try:
+        return tokenizer.encode_batch([sample.text for sample in samples], offsets=any(sample.spans for sample in samples))
+    except (TypeError, UnicodeEncodeError):
+        for item in batch:
+            try:
+                item.sample.text.encode()
+            except UnicodeEncodeError as error:
+                wrong = ascii(error.object[error.start])[1:-1]
+                raise DataError(f"has {wrong}, half of a surrogate pair, which is not text", files[item.file], item.line) from None
+        raise
+
+
+class _Surround:
+    """Makes a document's tokens of its text's encoding."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._prefix = tokenizer.prefix_ids
+        self._suffix = tokenizer.suffix_ids
+        self._eos_id = tokenizer.eos_id
+        if self._eos_id is not None and self._eos_id not in self._suffix[-1:]:
+            self._suffix = (*self._suffix, self._eos_id)
+
+    def tokens(self, sample: Sample, encoding: tokenizers.Encoding) -> Tokens:
+        if sample.eos and self._eos_id is None:
+            raise ModelError("the tokenizer has no eos_token to end documents with; name one in tokenizer_config.json")
+        before = self._prefix if sample.bos else ()
+        after = self._suffix if sample.eos else ()
+        ids = encoding.ids
+        tokens = np.array([*before, *ids, *after] if before or after else ids, np.uint32)
+        first = len(before)
+        if sample.spans is None:
+            tokens[first:] |= TRAINED
+            return tokens
+        for begin, end in token_ranges(encoding, sample.spans, len(sample.text)):
+            tokens[first + begin : first + end] |= TRAINED
+        if after and sample.spans and sample.spans[-1][1] == len(sample.text):
+            tokens[first + len(ids) :] |= TRAINED  # what ends a trained text is trained with it
+        return tokens
+
+
+def token_ranges(encoding: tokenizers.Encoding, spans: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:
+    """For each character range, the range of tokens that overlap it. `length`: characters of the text."""
+    if len(spans) > _MANY_SPANS:
+        return token_ranges_ref(encoding, spans)
+    ranges = []
+    for begin, end in spans:
+        first = encoding.char_to_token(begin)
+        last = len(encoding) if end >= length else encoding.char_to_token(end)
+        if first is None or last is None:  # a character that no token covers: a normalizer dropped it
+            return token_ranges_ref(encoding, spans)
+        while last < len(encoding) and encoding.token_to_chars(last)[0] < end:
+            last += 1  # it covers the border
+        ranges.append((first, last))
+    return ranges
+
+
+def token_ranges_ref(encoding: tokenizers.Encoding, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same from the offsets of all tokens; both ends of offsets never decrease."""
+    offsets = np.array(encoding.offsets).reshape(-1, 2)
+    spans = np.array(spans).reshape(-1, 2)
+    first = np.searchsorted(offsets[:, 1], spans[:, 0], "right")
+    last = np.searchsorted(offsets[:, 0], spans[:, 1], "left")
+    return list(zip(first.tolist(), np.maximum(first, last).tolist()))
