@@ -25,7 +25,6 @@ that record, with the way out.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date, datetime, time
@@ -111,9 +110,9 @@ def _follow(name: str):
     return call
 
 
-for _name in (
-    "split rsplit splitlines partition rpartition replace removeprefix removesuffix lower upper capitalize title casefold swapcase"
-).split():
+_SPLITTING = ("split", "rsplit", "splitlines", "partition", "rpartition")
+_CHANGING = ("replace", "removeprefix", "removesuffix", "lower", "upper", "capitalize", "title", "casefold", "swapcase")
+for _name in _SPLITTING + _CHANGING:
     setattr(Text, _name, _follow(_name))
 
 
@@ -154,7 +153,7 @@ def _sources(value) -> Iterator[int]:
 class _Generation(Extension):
     """`{% generation %} ... {% endgeneration %}`: what the model produces."""
 
-    tags = {"generation"}  # noqa: RUF012
+    tags = {"generation"}
 
     def parse(self, parser):
         line = next(parser.stream).lineno
@@ -265,7 +264,10 @@ class _Template:
             closing = _tail(self.render([user, reply], None, False), 1)
         except BadRecord:
             closing = None
-        prompt = "" if after is None or without is None else after[len(os.path.commonprefix((after, without))) :]
+        prompt = ""
+        if after is not None and without is not None:
+            common = next((i for i, (a, b) in enumerate(zip(after, without)) if a != b), min(len(after), len(without)))
+            prompt = after[common:]
         return after, prompt, closing or ""
 
     def begin_of(self, gap: str, follows_user: bool) -> int:
