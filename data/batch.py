@@ -1,8 +1,8 @@
 """One micro-batch: a row of T token slots with documents laid end to end, and where they begin and end.
 
 There is no batch dimension and no padding inside the row; what the documents leave free at the tail is one more
-document of `PAD` tokens whose labels are all `IGNORE` (or several, so that none is longer than `max_seqlen`). Shapes are the same for every batch of a run (T, N and
-`max_seqlen` are constants), so that a compiled model never sees a new one.
+document of `PAD` tokens whose labels are all `IGNORE` (or several, so that none is longer than `max_seqlen`). Shapes are
+the same for every batch of a run (T, N and `max_seqlen` are constants), so that a compiled model never sees a new one.
 """
 
 from __future__ import annotations

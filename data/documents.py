@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.keys import keys
+from data.keys import permutation
 from data.sample import IGNORE, TRAINED
 from data.store import Store
 from runtime.errors import DataError
@@ -178,7 +178,7 @@ class Documents:
         document = np.cumsum(self._heads(s)) - 1
         n = int(document[-1]) + 1 if len(document) else 0
         wanted = np.zeros(n, bool)
-        wanted[np.argsort(keys(n, *purpose, s), kind="stable")[: count(n)]] = True
+        wanted[permutation(n, *purpose, s)[: count(n)]] = True
         return wanted[document]
 
     def check_vocabulary(self, size: int) -> None:

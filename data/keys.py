@@ -2,7 +2,7 @@
 
 numpy's generators may change their streams from version to version; a run resumed after an upgrade would then read other
 data. The hash is splitmix64 (Steele et al., "Fast splittable pseudorandom number generators", OOPSLA 2014), whose outputs
-are 64 well mixed bits, so that equal keys do not happen in practice and stay in index order if they do.
+are well mixed; of equal keys, which are rare, the lower index comes first.
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ def keys(indices: np.ndarray | int, *purpose: int | str) -> np.ndarray:
         return z ^ (z >> np.uint64(31))
 
 
+def order_by(values: np.ndarray) -> np.ndarray:
+    """`np.argsort(values, kind="stable")` of up to 2^32 numbers below 2^32: sorting (value, place) pairs is several times faster."""
+    pairs = values.astype(np.uint64) << np.uint64(32)
+    pairs |= np.arange(len(values), dtype=np.uint64)
+    pairs.sort()
+    return (pairs & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
 def permutation(count: int, *purpose: int | str) -> np.ndarray:
     """The numbers below `count` in random order, int64."""
-    return np.argsort(keys(count, *purpose), kind="stable")
+    return order_by(keys(count, *purpose) >> np.uint64(32))

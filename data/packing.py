@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data.keys import permutation
+from data.keys import order_by, permutation
 
 _LOOSE = 50  # one in so many short documents stays loose
 _EXTRA_PACKS = 0.002  # packs that a limit on the number of documents may cost
@@ -36,7 +36,7 @@ def pack(lengths: np.ndarray, tokens: int) -> np.ndarray:
     tied = _tie(lengths, tokens)
     load = np.bincount(np.where(tied < 0, np.arange(len(lengths)), tied), lengths, len(lengths)).astype(np.int64)
     free = np.flatnonzero(tied < 0)
-    order = free[np.argsort(-load[free], kind="stable")]
+    order = free[order_by(tokens - load[free])]
     packs = np.empty(len(lengths), np.int64)
     packs[order] = best_fit(load[order], tokens)
     return np.where(tied < 0, packs, packs[tied])
@@ -125,13 +125,13 @@ def max_documents(packs: np.ndarray) -> int:
 
 def limit(packs: np.ndarray, most: int) -> np.ndarray:
     """Cuts packs of more than `most` documents into several."""
-    order = np.argsort(packs, kind="stable")
-    first = np.searchsorted(packs[order], packs[order])  # where the pack of each begins
-    part = (np.arange(len(packs)) - first) // most
-    renumbered = np.empty(len(packs), np.int64)
-    changes = np.concatenate(([False], (np.diff(packs[order]) > 0) | (np.diff(part) > 0)))
-    renumbered[order] = np.cumsum(changes)
-    return renumbered
+    sizes = np.bincount(packs)
+    order = order_by(packs)
+    place = np.arange(len(packs)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within its pack
+    parts = -(-sizes // most)
+    cut = np.empty(len(packs), np.int64)
+    cut[order] = np.repeat(np.cumsum(parts) - parts, sizes) + place // most
+    return cut
 
 
 def arrange(lengths: np.ndarray, packs: np.ndarray, seed: int, epoch: int, shuffle: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -142,10 +142,10 @@ def arrange(lengths: np.ndarray, packs: np.ndarray, seed: int, epoch: int, shuff
     """
     count = int(packs.max()) + 1
     start = permutation(len(lengths), "documents", seed, epoch) if shuffle else np.arange(len(lengths))
-    documents = start[np.argsort(-lengths[start].astype(np.int64), kind="stable")]
+    documents = start[order_by(lengths.max() - lengths[start])]
     if shuffle:
         rank = np.empty(count, np.int64)
         rank[permutation(count, "packs", seed, epoch)] = np.arange(count)
         packs = rank[packs]
-    order = np.argsort(packs, kind="stable")
+    order = order_by(packs)
     return documents[order], np.concatenate(([0], np.cumsum(np.bincount(packs, minlength=count))))
