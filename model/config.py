@@ -37,6 +37,8 @@ class LoraConfig:
         tuple[str, ...], "Modules trained in full beside the adapters, by leaf name or pattern: `embed_tokens`, `lm_head`, `norm`."
     ] = ()
 
+    adapter: Annotated[str | None, "Start from this adapter (a folder in PEFT layout, of the same rank, alpha and targets)."] = None
+
     def __post_init__(self):
         if self.rank < 1:
             raise ConfigError("must be at least 1", "rank", self.rank)

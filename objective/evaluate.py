@@ -20,8 +20,8 @@ def evaluate(
     sources: tuple[str, ...],
     sum_over_data: Callable[[Tensor], Tensor],
     device: torch.device,
-) -> dict[str, float]:
-    """Mean loss per learned token over all batches of all ranks: `eval_loss`, and `eval_loss/<source>` if there are several.
+) -> dict[str, object]:
+    """Mean loss per learned token over all batches of all ranks: `eval_loss`, and by name under `eval_sources`.
 
     Every rank must bring the same number of batches (an empty pack counts as one), as the forward may hold collectives.
     """
@@ -33,25 +33,29 @@ def evaluate(
     net.train(training)
     sums = sum_over_data(sums).cpu()
     loss, tokens = sums.sum(dim=0).tolist()
-    found = {"eval_loss": loss / tokens if tokens else math.nan, "eval_tokens": int(tokens)}
-    if len(sources) > 1:
-        found |= {f"eval_loss/{name}": s / n for name, (s, n) in zip(sources, sums.tolist()) if n}
-    return found
+    each = {name: total / n for name, (total, n) in zip(sources, sums.tolist()) if n}
+    return {"eval_loss": loss / tokens if tokens else math.nan, "eval_tokens": int(tokens), "eval_sources": each}
 
 
 @dataclass
 class EarlyStop:
-    """Stops after `patience` evaluations in a row whose loss did not fall by more than `min_delta`; 0 never stops."""
+    """Ends a run after `patience` evaluations in a row whose loss did not fall by more than `min_delta`; 0 never does.
+
+    best, bad: the lowest loss so far and the evaluations since; kept in checkpoints (`state`).
+    """
 
     patience: int
     min_delta: float
-    best: float = math.inf
+    best: float | None = None
     bad: int = 0
 
     def update(self, loss: float) -> bool:
         """Takes the newest loss; True if the run should end now."""
-        if loss < self.best - self.min_delta:
+        if self.best is None or loss < self.best - self.min_delta:
             self.best, self.bad = loss, 0
         else:
             self.bad += 1
         return 0 < self.patience <= self.bad
+
+    def state(self) -> dict[str, float | int | None]:
+        return {"best": self.best, "bad": self.bad}

@@ -13,7 +13,7 @@ TEMPLATE = (
     "{% else %}{{ raise_exception('unknown role ' + m.role) }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-WORDS = "the cat sat on a mat while seven dogs ran far away from home and nobody knew why it was so cold in june".split()
+WORDS = "the cat sat on a mat while seven dogs ran far away from home and nobody knew why it was so cold in june".split()  # noqa: SIM905
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

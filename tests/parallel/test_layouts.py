@@ -9,6 +9,7 @@ The full cross (`-m slow`) runs every combination; the default run covers every 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from optim.clip import clip
 from parallel.apply import parallelize
 from parallel.config import ParallelConfig, RecomputeConfig
 from parallel.fsdp import last_backward
-from parallel.mesh import Mesh
+from parallel.mesh import AXES, Mesh
 from tests.harness import run
 from tests.tiny import LLAMA
 
@@ -156,23 +157,23 @@ def rank_errors(rank, world, folder, axes, accumulate, budget, lora, recompute, 
     return abs(loss - want[0]) / want[0], max(error(found[n], want[1][n]) for n in found), error(norm, total)
 
 
-CASES = [  # replicate, shard, accumulate, budget, lora, recompute
-    (1, 1, 1, 320, False, "full"),
-    (1, 1, 4, 96, True, "none"),
-    (1, 2, 1, 192, False, "none"),
-    (1, 2, 3, 64, True, "full"),
-    (2, 1, 2, 96, False, "full"),
-    (2, 1, 1, 320, True, "none"),
-    (1, 4, 2, 64, False, "full"),
-    (1, 4, 1, 96, True, "full"),
-    (2, 2, 1, 128, True, "none"),
-    (2, 2, 3, 64, False, "none"),
-    (4, 1, 1, 96, False, "none"),
-    (4, 1, 2, 64, True, "full"),
+CASES = [  # (replicate, shard, context, tensor), accumulate, budget, lora, recompute
+    ((1, 1, 1, 1), 1, 320, False, "full"),
+    ((1, 1, 1, 1), 4, 96, True, "none"),
+    ((1, 2, 1, 1), 1, 192, False, "none"),
+    ((1, 2, 1, 1), 3, 64, True, "full"),
+    ((2, 1, 1, 1), 2, 96, False, "full"),
+    ((2, 1, 1, 1), 1, 320, True, "none"),
+    ((1, 4, 1, 1), 2, 64, False, "full"),
+    ((1, 4, 1, 1), 1, 96, True, "full"),
+    ((2, 2, 1, 1), 1, 128, True, "none"),
+    ((2, 2, 1, 1), 3, 64, False, "none"),
+    ((4, 1, 1, 1), 1, 96, False, "none"),
+    ((4, 1, 1, 1), 2, 64, True, "full"),
 ]
 BUDGETS = {1: (320,), 2: (192, 320), 3: (128, 192), 4: (96, 128), 6: (64, 96), 8: (64,), 12: (64,)}
 CROSS = [
-    (r, s, k, budget, lora, recompute)
+    ((r, s, 1, 1), k, budget, lora, recompute)
     for r, s in ((1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1))
     for k in (1, 2, 3)
     for budget in BUDGETS[r * s * k]
@@ -181,9 +182,10 @@ CROSS = [
 ]
 
 
-def check(folder, replicate, shard, accumulate, budget, lora, recompute):
+def check(folder, axes, accumulate, budget, lora, recompute):
     want = reference(folder, lora)
-    for loss, worst, norm in run(rank_errors, replicate * shard, folder, replicate, shard, accumulate, budget, lora, recompute, want):
+    named = dict(zip(AXES, axes))
+    for loss, worst, norm in run(rank_errors, math.prod(axes), folder, named, accumulate, budget, lora, recompute, want):
         assert loss < 1e-6
         assert worst < 1e-6
         assert norm < 1e-6

@@ -1,0 +1,107 @@
+"""What a user can get wrong: one line that says what and where, exit code 2, on every rank; printed once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests import launch
+from tests.tiny import LLAMA, write_chats, write_config, write_model
+
+
+def change_config(root: Path, **changes: object) -> None:
+    path = root / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def row(text: str):
+    return lambda root: (root / "data.jsonl").open("a", encoding="utf-8").write(text + "\n")
+
+
+def chat(*messages: tuple[str, str]) -> str:
+    return json.dumps({"messages": [{"role": r, "content": c} for r, c in messages]})
+
+
+def truncate(root: Path) -> None:
+    path = root / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def index(name: str):
+    def write(root: Path) -> None:
+        shutil.move(root / "model" / "model.safetensors", root / "model" / "model-00001-of-00001.safetensors")
+        weights = {"model.embed_tokens.weight": name}
+        (root / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+
+    return write
+
+
+def missing_tensor_shard(root: Path) -> None:
+    index("model-00001-of-00002.safetensors")(root)
+
+
+LONG = chat(("user", "hello " * 200), ("assistant", "yes " * 200))
+PRETRAINED = "--model.init=pretrained"
+CASES = {  # name: (what to break, arguments, what the line must say)
+    "mistyped key": (None, ["--optim.learnig_rate=1"], ["optim.learnig_rate", "did you mean", "optim.lr"]),
+    "mistyped section": (None, ["--lorra.rank=1"], ["lorra", "did you mean", "lora"]),
+    "wrong type": (None, ["--train.steps=many"], ["train.steps", "integer"]),
+    "missing config": (None, ["--config=nowhere.toml"], ["nowhere.toml"]),
+    "missing data": (lambda root: (root / "data.jsonl").unlink(), [], ["data.jsonl"]),
+    "empty data": (lambda root: (root / "data.jsonl").write_text(""), [], ["data.jsonl"]),
+    "malformed line": (row('{"messages": ['), [], ["data.jsonl:9"]),
+    "missing field": (row('{"text": "x"}'), [], ["data.jsonl:9", "messages"]),
+    "rejected role": (row(chat(("wizard", "x"), ("assistant", "y"))), [], ["data.jsonl:9", "wizard"]),
+    "not utf-8": (lambda root: (root / "data.jsonl").open("ab").write(b'{"messages": "\xff"}\n'), [], ["data.jsonl:9"]),
+    "over-long document": (row(LONG), ["--data.overflow=error"], ["data.jsonl:9", "128"]),
+    "vocabulary": (lambda root: change_config(root, vocab_size=100), [], ["100"]),
+    "unsupported architecture": (lambda root: change_config(root, model_type="mamba"), [], ["mamba", "llama", "qwen3", "gemma3"]),
+    "no weights": (lambda root: (root / "model" / "model.safetensors").unlink(), [PRETRAINED], ["model.safetensors"]),
+    "truncated weights": (truncate, [PRETRAINED], ["model.safetensors"]),
+    "missing shard": (missing_tensor_shard, [PRETRAINED], ["model-00001-of-00002.safetensors"]),
+    "index leaves folder": (index("../../secret.safetensors"), [PRETRAINED], ["../../secret.safetensors"]),
+    "wrong shapes": (lambda root: change_config(root, intermediate_size=48), [PRETRAINED], ["gate_proj", "64", "48"]),
+    "target matches nothing": (None, ["--lora.rank=4", '--lora.targets=["q_porj"]'], ["q_porj", "q_proj"]),
+    "world size": (None, ["--parallel.replicate=3"], ["replicate=3", "2"]),
+    "no model": (None, ["--model.path=/does/not/exist"], ["/does/not/exist"]),
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A model with weights and eight conversations."""
+    root = tmp_path_factory.mktemp("errors")
+    write_model(root / "model")
+    data = write_chats(root / "data.jsonl", 8)
+    argv = ["--config", str(write_config(root / "c.toml", root / "model", data, root / "out", "[train]\nsteps = 1\n"))]
+    assert launch.run(argv, 1, root / "logs").wait() == [0]
+    shutil.copy(root / "out" / "export" / "model.safetensors", root / "model")
+    return root
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_and_exit_code_2(good, tmp_path, case):
+    breaks, extra, says = CASES[case]
+    shutil.copytree(good / "model", tmp_path / "model")
+    shutil.copy(good / "data.jsonl", tmp_path)
+    if breaks is not None:
+        breaks(tmp_path)
+    config = write_config(tmp_path / "c.toml", tmp_path / "model", tmp_path / "data.jsonl", tmp_path / "out", "[train]\nsteps = 1\n")
+    argv = extra if any(a.startswith("--config") for a in extra) else ["--config", str(config), *extra]
+    ranks = launch.run(argv, 2, tmp_path / "logs")
+    assert ranks.wait() == [2, 2], ranks.output()
+    lines = [line for line in ranks.output().splitlines() if "error:" in line]
+    assert len(lines) == 1, ranks.output()
+    assert "Traceback" not in ranks.output()
+    for word in says:
+        assert word in lines[0], lines[0]
+
+
+def test_the_good_case_is_good(good, tmp_path):
+    argv = ["--config", str(write_config(tmp_path / "c.toml", good / "model", good / "data.jsonl", tmp_path / "out", "[train]\nsteps = 1\n"))]
+    ranks = launch.run([*argv, PRETRAINED], 2, tmp_path / "logs")
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert LLAMA["model_type"] in (tmp_path / "out" / "export" / "config.json").read_text()

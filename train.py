@@ -1,0 +1,442 @@
+"""A whole training run, top to bottom: `[torchrun ...] train.py --config FILE.toml [--section.key=value ...]`.
+
+Two phases. Before the process group exists, every rank reads the config, the model folder and the data (one rank of a
+node tokenizes, the others wait for its cache), and whatever is wrong ends the run in one line. Then the model is built
+without memory, transformed, parallelized, and only then materialized; each rank reads its own slices.
+
+A step: take k micro-batches, sum the units of loss over all ranks, run forward and backward of sum / units for each,
+clip, check that the update is finite, update. There are no branches on features here: what is off filled nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from data.config import DataConfig, SourceConfig
+from model.config import KernelsConfig, LoraConfig, ModelConfig
+from optim.config import AdamWConfig, CosineConfig, OptimConfig, ScheduleConfig
+from parallel.config import ParallelConfig, PrecisionConfig, RecomputeConfig
+from runtime.config import flatten, parse_args, to_toml
+from runtime.errors import ConfigError, UserError
+from runtime.sections import CheckpointConfig, LogConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.prepare import Documents
+    from data.tokenizer import Tokenizer
+    from model.arch import Arch
+    from model.decoder import Decoder
+    from parallel.mesh import Mesh
+    from parallel.start import Launch
+    from runtime.log import Log
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """Where it runs."""
+
+    device: Annotated[Literal["auto", "cpu", "cuda"], "auto: CUDA if there is one, else CPU."] = "auto"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, and how much a step sees."""
+
+    steps: Annotated[int | None, "Optimizer steps; or give epochs."] = None
+    epochs: Annotated[int | None, "Passes over the data; one if neither steps nor epochs is given."] = None
+    accumulate: Annotated[int, "Micro-batches of a rank in one step; a step sees data.tokens x accumulate x data ranks slots."] = 1
+    seed: Annotated[int, "Everything random derives from it: initialization, order of the data, dropout."] = 0
+
+    def __post_init__(self):
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError("and train.steps are both set; keep one of them", "epochs", self.epochs)
+        for key in ("steps", "epochs", "accumulate"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise ConfigError("must be at least 1", key, value)
+        if not 0 <= self.seed < 2**31:
+            raise ConfigError("must lie between 0 and 2^31 - 1", "seed", self.seed)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Loss on held-out documents; absent: no evaluation."""
+
+    every: Annotated[int, "Evaluate every so many steps, and after the last one; 0: only after the last one."] = 0
+    split: Annotated[float, "Held out of data.sources: a fraction below 1, or a number of documents. 0 with sources of its own."] = 0.0
+    sources: Annotated[tuple[SourceConfig, ...], "Sources of its own, instead of a split."] = ()
+    patience: Annotated[int, "Stop after so many evaluations in a row without improvement; 0: never."] = 0
+    min_delta: Annotated[float, "What counts as improvement of the loss."] = 0.0
+
+    def __post_init__(self):
+        if bool(self.sources) == bool(self.split):
+            raise ConfigError("set exactly one of eval.split and eval.sources", "split", self.split)
+        if self.split < 0 or (self.split > 1 and self.split != int(self.split)):
+            raise ConfigError("must be a fraction below 1 or a whole number of documents", "split", self.split)
+        for key in ("every", "patience", "min_delta"):
+            if getattr(self, key) < 0:
+                raise ConfigError("must not be negative", key, getattr(self, key))
+        if self.patience and not self.every:
+            raise ConfigError("needs eval.every, or there is only one evaluation", "patience", self.patience)
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where the run writes."""
+
+    path: Annotated[str, "The run's folder: resolved.toml, metrics.jsonl, logs, checkpoints and export."]
+    merge: Annotated[bool, "Of a LoRA run, export full weights with the adapter merged in, instead of the adapter."] = False
+    dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "Of exported full weights; auto: the base model's."] = "auto"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Every key of a run."""
+
+    model: ModelConfig
+    data: DataConfig
+    output: OutputConfig
+    train: TrainConfig = TrainConfig()
+    lora: LoraConfig | None = None
+    optim: OptimConfig = AdamWConfig()
+    schedule: ScheduleConfig = CosineConfig()
+    eval: EvalConfig | None = None
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    run: RunSection = RunSection()
+
+
+# What may differ between a checkpoint and the run that resumes it (runtime/checkpoint/drift.py); the first match decides.
+DRIFT = (
+    ("model.path", "free"),  # its contents count, and they have a fingerprint
+    ("model.*", "forbidden"),
+    ("lora.dropout", "allow"),
+    ("lora.*", "forbidden"),
+    ("data.cache", "free"),
+    ("data.*", "allow"),
+    ("identity.data", "allow"),
+    ("optim.kind", "forbidden"),
+    ("optim.*", "allow"),
+    ("schedule.*", "allow"),
+    ("precision.masters", "forbidden"),
+    ("precision.*", "allow"),
+    ("train.seed", "allow"),
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads before there is a process group."""
+
+    folder: Path
+    arch: Arch
+    tokenizer: Tokenizer
+    documents: Documents
+    held_out: Documents | None
+
+
+def read_inputs(cfg: RunConfig) -> Inputs:
+    """Finds the model folder, reads its facts, tokenizes the data into the cache. Whatever is wrong here is the user's to fix."""
+    from data.prepare import prepare
+    from data.tokenizer import Tokenizer
+    from model.arch import Arch
+    from model.hub import fetch
+
+    folder = fetch(cfg.model.path, cfg.model.revision)
+    arch, tokenizer = Arch.from_folder(folder), Tokenizer.load(folder)
+
+    def read(sources: tuple[SourceConfig, ...]) -> Documents:
+        found = prepare(cfg.data, sources, tokenizer, Path(cfg.data.cache).expanduser(), cfg.train.seed)
+        found.check_vocabulary(arch.vocab_size)
+        return found
+
+    documents, held_out = read(cfg.data.sources), None
+    if cfg.eval is not None and cfg.eval.sources:
+        held_out = read(cfg.eval.sources)
+    elif cfg.eval is not None:
+        documents, held_out = documents.split(cfg.eval.split, cfg.train.seed)
+    return Inputs(folder, arch, tokenizer, documents, held_out)
+
+
+def identity(cfg: RunConfig, inputs: Inputs) -> dict[str, str]:
+    """What must be the same when a checkpoint is resumed, by content: a moved folder is the same model."""
+    from model.tensor_folder import fingerprint
+
+    return {
+        "model": fingerprint(inputs.folder, weights=cfg.model.init == "pretrained"),
+        "tokenizer": inputs.tokenizer.fingerprint,
+        "data": inputs.documents.fingerprint,
+    }
+
+
+def dtypes(cfg: PrecisionConfig, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """(compute, masters)"""
+    import torch
+
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}
+    return names[cfg.compute], names[cfg.masters]
+
+
+def assemble(cfg: RunConfig, arch: Arch, mesh: Mesh) -> tuple[Decoder, list[str]]:
+    """The model as it trains: built on meta, transformed, parallelized. Still without memory. Also what filled its slots."""
+    from model import build
+    from model.transforms.lora import apply_lora
+    from model.transforms.trainable import apply_trainable
+    from parallel.apply import parallelize
+
+    compute, masters = dtypes(cfg.precision, mesh.device)
+    net = build(arch)
+    net.compute_dtype = compute
+    report = [net.use_kernels(cfg.kernels, mesh.device, compute)]
+    if cfg.lora is not None:
+        report.append(apply_lora(net, cfg.lora))
+    report.append(apply_trainable(net, cfg.lora, compute, masters))
+    parallelize(net, mesh, cfg.recompute, compute)
+    return net, report
+
+
+def accumulation(packs_per_step: int, data_size: int) -> int:
+    """Micro-batches a rank takes so that each step keeps the packs it had at another world size.
+
+    Raises:
+        ConfigError: the packs of a step do not divide.
+    """
+    if packs_per_step % data_size:
+        works = ", ".join(str(n) for n in range(1, packs_per_step + 1) if packs_per_step % n == 0)
+        raise ConfigError(
+            f"the checkpoint's steps have {packs_per_step} packs, which {data_size} data ranks cannot share; start {works} ranks"
+        )
+    return packs_per_step // data_size
+
+
+class Meters:
+    """Sums since the last log record. The loss stays on the device until it is read."""
+
+    def __init__(self, mesh: Mesh):
+        import torch
+
+        self.mesh, self.loss = mesh, torch.zeros((), device=mesh.device)
+        self.units = self.tokens = 0
+        self.seconds = 0.0
+
+    def add(self, units: int, tokens: int, seconds: float) -> None:
+        self.units, self.tokens, self.seconds = self.units + units, self.tokens + tokens, self.seconds + seconds
+
+    def read(self) -> dict[str, float]:
+        """Mean loss per unit and tokens per second, over all ranks; then starts anew. A collective."""
+        loss = self.mesh.sum_over_data(self.loss).item()
+        found = {"loss": loss / max(self.units, 1), "tokens_per_s": self.tokens / self.seconds}
+        self.__init__(self.mesh)
+        return found
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most memory this process has held so far: allocated on its GPU, or resident on the host."""
+    import resource
+
+    import torch
+
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak / 2**30
+
+
+class Reporter:
+    """Where numbers go: metrics.jsonl and trackers (rank 0), and the progress line. Resuming drops records of undone steps."""
+
+    def __init__(self, cfg: RunConfig, log: Log, rank: int, step: int, total: int):
+        from runtime.log import Progress
+        from runtime.metrics import Metrics
+
+        self.progress, self.metrics = Progress(log, total, step), None
+        if rank == 0:
+            self.metrics = Metrics(Path(cfg.output.path), cfg.log.trackers, flatten(cfg), cfg.log.project, cfg.log.name, log)
+            self.metrics.rewind(step if step else -1)
+
+    def record(self, numbers: dict[str, object]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(numbers)
+        self.progress.report(numbers)
+
+    def close(self) -> None:
+        if self.metrics is not None:
+            self.metrics.close()
+
+
+def run(cfg: RunConfig, launch: Launch) -> None:
+    """Trains on the ranks of `launch`, from wherever the output folder says the run stands, and exports the result."""
+    import torch
+
+    from data.stream import Stream
+    from model.safetensors_io import materialize
+    from objective import lm
+    from objective.evaluate import EarlyStop, evaluate
+    from optim.adamw import build as build_optimizer
+    from optim.adamw import set_lr, state_tensors
+    from optim.clip import clip
+    from optim.schedule import factor
+    from parallel.fsdp import last_backward
+    from parallel.mesh import Mesh, sizes
+    from runtime.checkpoint import Checkpointer
+    from runtime.log import Log
+    from runtime.metrics import check_trackers
+    from runtime.stop import Stop
+
+    # before the process group: what the user can fix, and work on the host
+    stop, out = Stop().install(), Path(cfg.output.path)
+    with ExitStack() as stack:
+        launch.together("layout", lambda: (sizes(cfg.parallel, launch.world), check_trackers(cfg.log.trackers)))
+        device = launch.together("device", lambda: launch.device(cfg.run.device))
+        log = stack.enter_context(launch.together("log", lambda: Log(out, launch.rank)))
+        inputs = launch.together("inputs", lambda: read_inputs(cfg), leader_first=True)
+        launch.connect(device)
+        mesh = Mesh.build(cfg.parallel, device)
+
+        # where the run stands: a step keeps its packs at any world size, so a checkpoint decides the accumulation
+        resolved = to_toml(cfg)
+        ckpt = Checkpointer(out, cfg.checkpoint, identity(cfg, inputs), resolved, flatten(cfg), rules=DRIFT, layout=mesh.axes, say=log)
+        found = ckpt.find()
+        state = {"step": 0, "tokens": 0, "packs_per_step": mesh.data_size * cfg.train.accumulate, "early": {}, "ended": False}
+        state |= found.state if found else {}
+        place = {"tokens": cfg.data.tokens, "max_length": cfg.data.longest, "seed": cfg.train.seed}
+        place |= {"rank": mesh.data_rank, "size": mesh.data_size}
+        stream = Stream(inputs.documents, shuffle=True, accumulate=accumulation(state["packs_per_step"], mesh.data_size), **place)
+        held_out = Stream(inputs.held_out, shuffle=False, accumulate=1, **place) if inputs.held_out else None
+        total = cfg.train.steps or stream.steps(cfg.train.epochs or 1)
+        ended = state["ended"] or state["step"] >= total
+        if ended and exported_at(out) == state["step"]:
+            return log(f"this run has ended at step {state['step']}; its result is in {out / 'export'}")
+
+        # the model, its optimizer, and what of them is saved
+        net, report = launch.together("model", lambda: assemble(cfg, inputs.arch, mesh))
+        sources = {"folder": inputs.folder if cfg.model.init == "pretrained" else None, "adapter": cfg.lora and cfg.lora.adapter}
+        launch.together("weights", lambda: materialize(net, device, cfg.train.seed, **sources))
+        trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        opt = build_optimizer(trained.items(), cfg.optim)
+        kept = {f"model.{name}": p for name, p in trained.items()}
+        kept |= {f"optim.{name}": t for name, t in state_tensors(opt, trained.items()).items()}
+        if found:
+            ckpt.load(found, kept)
+
+        if launch.rank == 0:
+            (out / "resolved.toml").write_text(resolved, encoding="utf-8")
+        for line in (mesh.describe(), *report, inputs.documents.report(), stream.report(), stream.preview(inputs.tokenizer)):
+            log(line)
+        reporter, meters = Reporter(cfg, log, launch.rank, state["step"], total), Meters(mesh)
+        stack.callback(reporter.close)
+        early = EarlyStop(cfg.eval.patience, cfg.eval.min_delta, **state["early"]) if held_out else None
+
+        net.train()
+        for step in range(state["step"] + 1, total + 1) if not ended else ():
+            begun, micro = time.monotonic(), stream.take(step)
+            counts = torch.tensor([sum(map(lm.count, micro)), sum(batch.filled for batch in micro), stop.requested is not None])
+            units, tokens, stopping = mesh.sum_over_data(counts).tolist()
+            if stopping:
+                break
+            for i, batch in enumerate(micro):
+                lm.seed_dropout(cfg.train.seed, batch.pack)
+                last_backward(net, i == len(micro) - 1)
+                loss = lm.loss(net, batch.to(device), max(units, 1))
+                loss.backward()
+                meters.loss += loss.detach() * units
+            set_lr(opt, lr := cfg.optim.lr * factor(cfg.schedule, step, total))
+            norm = clip(trained.values(), cfg.optim.max_norm).item()  # the step's one wait for the device
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"step {step}: the gradient's norm is {norm}; the weights are still those of step {step - 1}")
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+
+            state |= {"step": step, "tokens": state["tokens"] + tokens}
+            ended = step == total
+            meters.add(units, tokens, time.monotonic() - begun)
+            reporter.progress.step(step)
+            if step % cfg.log.every == 0 or ended:
+                numbers = {
+                    "grad_norm": norm,
+                    "lr": lr,
+                    "tokens": state["tokens"],
+                    "epoch": step / stream.steps_per_epoch,
+                    "memory_gib": memory_gib(device),
+                }
+                reporter.record({"step": step, **meters.read(), **numbers})
+            if held_out and (ended or (cfg.eval.every and step % cfg.eval.every == 0)):
+                batches = (held_out.take(s)[0] for s in range(1, held_out.steps_per_epoch + 1))
+                numbers = evaluate(net, batches, inputs.held_out.sources, mesh.sum_over_data, device)
+                reporter.record({"step": step, **numbers})
+                state |= {"ended": early.update(numbers["eval_loss"]), "early": early.state()}
+                ended |= state["ended"]
+            ckpt.poll()
+            if ckpt.due(step) or ended:
+                ckpt.save(step, kept, state, {"cpu": torch.get_rng_state()})
+            if ended:
+                break
+
+        # a stop between checkpoints is saved too; the result is exported only when there is one
+        if not ended and state["step"]:
+            ckpt.save(state["step"], kept, state, {"cpu": torch.get_rng_state()})
+        ckpt.wait()
+        if not ended:
+            return log(f"stopped by request after step {state['step']}; the same command resumes")
+        export(cfg, inputs, net, log)
+        if launch.rank == 0:
+            (out / "result.json").write_text(json.dumps({"step": state["step"], "export": "export"}) + "\n", encoding="utf-8")
+
+
+def exported_at(out: Path) -> int | None:
+    """The step whose result lies in the export folder, None if there is none."""
+    try:
+        return json.loads((out / "result.json").read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def export(cfg: RunConfig, inputs: Inputs, net: Decoder, log: Log) -> None:
+    """Writes the result; it is read back and compared with the live model, byte by byte, before it appears under its name."""
+    import torch
+
+    from model.safetensors_io import export_adapter, export_full
+
+    out = Path(cfg.output.path) / "export"
+    if cfg.lora is not None and not cfg.output.merge:
+        export_adapter(net, out, cfg.lora, cfg.model.path, tokenizer=inputs.folder, overwrite=True)
+        use = f"python -m tools.generate --model {cfg.model.path} --adapter {out}"
+    else:
+        dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.output.dtype]
+        export_full(net, out, inputs.folder, dtype=dtype, overwrite=True)
+        use = f"python -m tools.generate --model {out}"
+    log(f"exported to {out}, read back and compared\ntry it: {use} --chat 'Hello'")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 0 finished or stopped on request, 2 a user's error."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"--help", "-h"} & set(argv):
+        parse_args(RunConfig, argv, prog="train.py")  # prints and ends, without importing torch
+    import torch.distributed as dist
+
+    from parallel.start import Launch
+
+    launch = Launch()
+    try:
+        cfg = launch.together("config", lambda: parse_args(RunConfig, argv, prog="train.py"))
+        run(cfg, launch)
+        return 0
+    except UserError as error:
+        return launch.report(error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
