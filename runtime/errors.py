@@ -1,14 +1,41 @@
-"""Errors a user can fix. Standard library only: every package of the project may import this file.
+"""Errors a user can fix, and what may be shown of them. Standard library only: every package of the project may import this file.
 
 A command prints such an error as one line, without a traceback, and exits with code 2 (see `parallel/start.py` for
-how several ranks agree on it). Everything else that is raised is a crash of ours and keeps its traceback.
+how several ranks agree on it). Everything else that is raised is a crash of ours and keeps its traceback. Whatever is
+printed or written passes through `redact` first.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import re
 from pathlib import Path
 
 _ABSENT = object()
+_SECRET_NAME = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD)$", re.IGNORECASE)
+_SECRET_SHAPE = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{30,}\b")
+
+
+def redact(text: str) -> str:
+    """`text` with `***` in place of secrets: values of environment variables named like one, user:password in URLs, hub tokens.
+
+    Secrets are found by value, because a name says little ("token" is in `tokenizer` and `num_tokens`). Values below 8
+    characters are left alone: they would match ordinary words.
+    """
+    secrets = {v.strip() for name, v in os.environ.items() if _SECRET_NAME.search(name) and len(v.strip()) >= 8}
+    for secret in sorted(secrets, key=len, reverse=True):
+        for form in (secret, repr(secret)[1:-1], json.dumps(secret)[1:-1]):  # as it is, and as error messages and JSON escape it
+            text = text.replace(form, "***")
+    return _SECRET_SHAPE.sub("***", text)
+
+
+def _shown(value: object) -> str:
+    """`value` for a message: on one line, spelled as in TOML where that differs, and short."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = value.isoformat() if hasattr(value, "isoformat") else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class UserError(Exception):
@@ -24,24 +51,29 @@ class ConfigError(UserError):
         message: what is wrong and what to do, as the rest of a sentence that starts with `key=value`.
         key: dotted key relative to the object that raises, e.g. `"rank"`; the loader prefixes its section.
         value: the offending value; shown after the key when given.
+        where: `file:line` or "command line"; shown first. The loader fills it in.
     """
 
-    def __init__(self, message: str, key: str | None = None, value: object = _ABSENT):
+    def __init__(self, message: str, key: str | None = None, value: object = _ABSENT, where: str | None = None):
         super().__init__(message)
-        self.message, self.key, self.value = message, key, value
+        self.message, self.key, self.value, self.where = message, key, value, where
 
     def under(self, prefix: str) -> ConfigError:
         """The same error with its key inside section `prefix`."""
         key = f"{prefix}.{self.key}" if self.key else prefix
-        return ConfigError(self.message, key, self.value)
+        return ConfigError(self.message, key, self.value, self.where)
+
+    def at(self, where: str) -> ConfigError:
+        """The same error with the place it comes from."""
+        return ConfigError(self.message, self.key, self.value, where)
 
     def __str__(self) -> str:
+        where = f"{self.where}: " if self.where else ""
         if self.key is None:
-            return self.message
+            return f"{where}{self.message}"
         if self.value is _ABSENT:
-            return f"{self.key}: {self.message}"
-        shown = str(self.value).lower() if isinstance(self.value, bool) else repr(self.value)
-        return f"{self.key}={shown} {self.message}"
+            return f"{where}{self.key}: {self.message}"
+        return f"{where}{self.key}={_shown(self.value)} {self.message}"
 
 
 class DataError(UserError):
