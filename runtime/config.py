@@ -5,6 +5,7 @@
 The order is: the file that `extends` names, the file, the overrides; then everything is checked against the dataclasses
 (see runtime/schema.py for what they may hold) and built. Nothing is dropped or guessed: a key that does not exist, a value
 of another type or a missing key is a ConfigError of one line with the place it comes from and what to write instead.
+A value that holds a secret of the environment is refused as well, as configs are kept in every run and checkpoint.
 `extends` is relative to its file; every other path in a config is left as written, so relative to the working directory.
 """
 
@@ -14,14 +15,14 @@ import contextlib
 import difflib
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
 from runtime import toml
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, redact
 from runtime.reference import help_text, json_schema, markdown
 from runtime.schema import REQUIRED, Choice, Dict, Key, Mismatch, Section, Type, any_of, section
 from runtime.suggest import suggest
@@ -69,7 +70,12 @@ def load(cls: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
     loader = _Loader(section(cls), Path(path))
     for override in overrides:
         loader.override(override)
-    return loader.build(loader.root, loader.tree, ())
+    cfg = loader.build(loader.root, loader.tree, ())
+    for place, value in _leaves(to_tree(cfg), ()):
+        if redact(shown := repr(value)) != shown:
+            problem = "holds a secret (a value of the environment, a password in a URL, or a hub token); keep it in the environment only"
+            raise ConfigError(problem, dotted(place), where=loader.where(place))
+    return cfg
 
 
 def to_tree(cfg: object) -> dict:
@@ -89,16 +95,18 @@ def to_toml(cfg: object) -> str:
     return toml.dumps(to_tree(cfg))
 
 
-def flatten(cfg: object, place: Place = ()) -> dict[str, object]:
+def flatten(cfg: object) -> dict[str, object]:
     """A config (or its tree, see `to_tree`) as {"data.sources.0.path": value}: JSON types only."""
-    tree = cfg if isinstance(cfg, (dict, list)) else to_tree(cfg)
-    flat: dict[str, object] = {}
+    tree = cfg if isinstance(cfg, dict) else to_tree(cfg)
+    return {".".join(toml.key_text(part) for part in place): value for place, value in _leaves(tree, ())}
+
+
+def _leaves(tree: dict | list, place: Place) -> Iterator[tuple[Place, object]]:
     for part, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
         if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
-            flat |= flatten(value, (*place, part))
+            yield from _leaves(value, (*place, part))
         else:
-            flat[".".join(toml.key_text(p) for p in (*place, part))] = value
-    return flat
+            yield (*place, part), value
 
 
 def diff(old: dict[str, object], new: dict[str, object]) -> list[tuple[str, object, object]]:

@@ -1,8 +1,8 @@
 """Errors a user can fix, and what may be shown of them. Standard library only: every package of the project may import this file.
 
 A command prints such an error as one line, without a traceback, and exits with code 2 (see `parallel/start.py` for
-how several ranks agree on it). Everything else that is raised is a crash of ours and keeps its traceback. Whatever is
-printed or written passes through `redact` first.
+how several ranks agree on it). Everything else that is raised is a crash of ours and keeps its traceback. The text of
+an error shows no secret (`redact`), whatever it quotes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _shown(value: object) -> str:
     """`value` for a message: on one line, spelled as in TOML where that differs, and short."""
     if isinstance(value, bool):
         return str(value).lower()
-    text = value.isoformat() if hasattr(value, "isoformat") else repr(value)
+    text = redact(value.isoformat() if hasattr(value, "isoformat") else repr(value))  # before half of a secret is cut off
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -42,6 +42,9 @@ class UserError(Exception):
     """Something outside the code is wrong: the config, the data or a model folder. One line; says what to change."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
 
 
 class ConfigError(UserError):
@@ -68,12 +71,13 @@ class ConfigError(UserError):
         return ConfigError(self.message, self.key, self.value, where)
 
     def __str__(self) -> str:
-        where = f"{self.where}: " if self.where else ""
         if self.key is None:
-            return f"{where}{self.message}"
-        if self.value is _ABSENT:
-            return f"{where}{self.key}: {self.message}"
-        return f"{where}{self.key}={_shown(self.value)} {self.message}"
+            text = self.message
+        elif self.value is _ABSENT:
+            text = f"{self.key}: {self.message}"
+        else:
+            text = f"{self.key}={_shown(self.value)} {self.message}"
+        return redact(f"{self.where}: {text}" if self.where else text)
 
 
 class DataError(UserError):

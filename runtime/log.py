@@ -94,16 +94,17 @@ class Log:
             self._to_file(str(error))
         elif error is not None:
             self._to_file("".join(traceback.format_exception(kind, error, trace)).rstrip())
-            if self.rank and isinstance(error, Exception):
-                sys.excepthook = self._one_line
+            sys.excepthook = self._last_words
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _one_line(self, kind: type[BaseException], error: BaseException, trace) -> None:
-        """`sys.excepthook` of ranks other than 0: several tracebacks at once are none."""
-        first = (str(error).splitlines() or [""])[0]
-        print(redact(f"rank {self.rank}: {kind.__name__}: {first} (traceback in {self.path})"), file=self._console)
+    def _last_words(self, kind: type[BaseException], error: BaseException, trace) -> None:
+        """`sys.excepthook` after a crash. Several tracebacks at once are none: only rank 0 shows its own."""
+        text = "".join(traceback.format_exception(kind, error, trace)).rstrip()
+        if self.rank and self.path:
+            text = f"rank {self.rank}: {kind.__name__}: {(str(error).splitlines() or [''])[0]} (traceback in {self.path})"
+        print(redact(text), file=self._console)
 
     def _stderr(self, text: str) -> None:
         """Text that something wrote to stderr: to the console at once, to the file when its line is complete."""
@@ -159,7 +160,7 @@ class Progress:
         self.log, self.steps, self.at, self.clock = log, steps, start, clock
         self._ends: collections.deque[tuple[float, int]] = collections.deque(maxlen=self.WINDOW)
         self._drawn = float("-inf")
-        self._numbers = ""
+        self._numbers: dict[str, object] = {}
 
     def step(self, step: int) -> None:
         """Step `step` is done. Costs nothing where there is no terminal."""
@@ -171,15 +172,17 @@ class Progress:
             self.log.live(self.line(), keep=False)
 
     def report(self, record: dict[str, object]) -> None:
-        """Takes new numbers from a metrics record and puts the line into the log."""
-        shown = [form(record[key]) for key, form in _SHOWN.items() if record.get(key) is not None]
-        self._numbers = "  ".join(shown)
-        self.log.live(self.line(), keep=True)
+        """Puts a metrics record into the log as one line; the terminal shows the newest number of each kind from then on."""
+        self._numbers |= record
+        self.log.live(self.line(record), keep=True)
 
-    def line(self) -> str:
-        eta = self.eta_s()
-        parts = [f"step {self.at}/{self.steps}", self._numbers, "" if eta is None else f"eta {duration(eta)}"]
-        return "  ".join(part for part in parts if part)
+    def line(self, record: dict[str, object] | None = None) -> str:
+        numbers = self._numbers if record is None else record
+        parts = [f"step {self.at}/{self.steps}"]
+        parts += [form(numbers[key]) for key, form in _SHOWN.items() if numbers.get(key) is not None]
+        if (eta := self.eta_s()) is not None:
+            parts.append(f"eta {duration(eta)}")
+        return "  ".join(parts)
 
     def eta_s(self) -> float | None:
         """Seconds to the end at the pace of the last steps; the first step, which compiles and allocates, does not count."""

@@ -53,7 +53,8 @@ def _same(word: str, keys: dict[Place, Key]) -> list[Place]:
 
 
 def _one_edit_away(word: str, keys: dict[Place, Key]) -> list[Place]:
-    return sorted((place for place in keys if one_edit(word, place[-1])), key=lambda place: -_ratio(word, place[-1]))
+    near = {place: max((_ratio(word, n) for n in (key.name, *key.aka) if one_edit(word, n)), default=0.0) for place, key in keys.items()}
+    return sorted((place for place in near if near[place]), key=lambda place: -near[place])
 
 
 def _similar(word: str, here: dict[Place, Key], everywhere: dict[Place, Key]) -> list[Place]:

@@ -474,3 +474,17 @@ def test_a_config_reaches_no_code(write):
     with pytest.raises(ConfigError):
         load(Sample, write(MINIMAL), ["--model.__class__=x"])
     assert load(Sample, write(MINIMAL.replace('"m"', '"{0.__class__} %s ${HOME} $(id)"'))).model.path == "{0.__class__} %s ${HOME} $(id)"
+
+
+def test_no_secret_gets_into_a_config_or_a_message(write, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "planted-token")
+    for text in ("planted-token", "org/planted-token/x", "https://me:planted@host/x", "hf_" + "planted" * 5):
+        for message in (
+            error_of(write(MINIMAL), f"--lora.targets={text}"),
+            error_of(write(MINIMAL), f'--lora.targets=["q", "{text}"]'),
+            error_of(write(MINIMAL.replace('"m"', f'"{text}"'))),
+        ):
+            assert "planted" not in message and "holds a secret" in message
+    for override in ("--optim.lr=planted-token", "--schedule.kind=planted-token", "--lora.targets=[planted-token", "planted-token"):
+        assert "planted" not in error_of(write(MINIMAL), override)
+    assert load(Sample, write(MINIMAL), ["--model.path=planted/tokenizer"]).model.path == "planted/tokenizer"

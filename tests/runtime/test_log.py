@@ -69,7 +69,8 @@ def test_messages(tmp_path, console):
     assert "no folder" in screen.getvalue()
 
 
-def test_the_live_line_is_redrawn_in_place(tmp_path, console):
+def test_the_live_line_is_redrawn_in_place(tmp_path, console, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
     screen = console(Terminal())
     now = [0.0]
     with Log(tmp_path) as log:
@@ -77,14 +78,23 @@ def test_the_live_line_is_redrawn_in_place(tmp_path, console):
         for step in range(1, 31):
             now[0] += 2.0
             progress.step(step)
+            if step == 10:
+                progress.report({"step": 10, "eval_loss": 2.0, "eval_loss_by_source": {"a": 2.0}})
             if step % 10 == 0:
                 progress.report({"step": step, "loss": step / 7, "lr": 1e-4, "grad_norm": 0.5, "tokens_per_s": 12345.0, "memory_gib": 3.14})
             if step == 15:
                 log("a message")
                 print("a warning", file=sys.stderr)
-    assert screen.screen() == ["a message", "a warning", progress.line(), ""]
-    assert progress.line() == "step 30/100  loss 4.2857  lr 1.00e-04  grad 0.5  12.3k tok/s  3.1 GiB  eta 2:20"
-    assert [line.split("  ")[0] for line in lines(log.path)] == ["step 10/100", "a message", "a warning", "step 20/100", "step 30/100"]
+    assert screen.screen() == ["a message", "a warning", progress.line().replace("  eval loss 2.0000", ""), ""]
+    assert progress.line() == "step 30/100  loss 4.2857  eval loss 2.0000  lr 1.00e-04  grad 0.5  12.3k tok/s  3.1 GiB  eta 2:20"
+    assert [line.split("  ")[0] for line in lines(log.path)] == [
+        "step 10/100",
+        "step 10/100",
+        "a message",
+        "a warning",
+        "step 20/100",
+        "step 30/100",
+    ]
 
 
 def test_the_live_line_is_not_drawn_too_often(console):
@@ -141,7 +151,9 @@ from pathlib import Path
 from runtime.errors import DataError
 from runtime.log import Log
 with Log(Path(sys.argv[1]), int(sys.argv[2])) as log:
-    raise {"user": DataError("bad", "f", 3), "crash": RuntimeError("broken\\nin two lines")}[sys.argv[3]]
+    import os
+    os.environ["X_TOKEN"] = "planted-in-a-crash"
+    raise {"user": DataError("bad", "f", 3), "crash": RuntimeError("broken planted-in-a-crash\\nin two lines")}[sys.argv[3]]
 """
 
 
@@ -152,9 +164,10 @@ def test_crashes_are_in_the_file(tmp_path):
         return done.stderr, (tmp_path / "logs" / f"rank_{rank}.log").read_text()
 
     shown, kept = run(0, "crash")
+    assert "broken ***\nin two lines" in shown and "planted" not in shown.replace(CRASH, "") + kept
     assert shown.count("Traceback") == kept.count("Traceback") == 1
     shown, kept = run(1, "crash")
-    assert shown == f"rank 1: RuntimeError: broken (traceback in {tmp_path}/logs/rank_1.log)\n" and "Traceback" in kept
+    assert shown == f"rank 1: RuntimeError: broken *** (traceback in {tmp_path}/logs/rank_1.log)\n" and "Traceback" in kept
     _, kept = run(2, "user")
     assert kept.endswith("f:3: bad\n") and "Traceback" not in kept
 
