@@ -50,9 +50,13 @@ class RunSection:
 class TrainConfig:
     """How long, and how much a step sees."""
 
-    steps: Annotated[int | None, "Optimizer steps; or give epochs."] = None
-    epochs: Annotated[int | None, "Passes over the data; one if neither steps nor epochs is given."] = None
-    accumulate: Annotated[int, "Micro-batches of a rank in one step; a step sees data.tokens x accumulate x data ranks slots."] = 1
+    steps: Annotated[int | None, "Optimizer steps; or give epochs.", "max_steps"] = None
+    epochs: Annotated[int | None, "Passes over the data; one if neither steps nor epochs is given.", "num_epochs", "num_train_epochs"] = (
+        None
+    )
+    accumulate: Annotated[
+        int, "Micro-batches of a rank in one step; a step sees data.tokens x accumulate x data ranks slots.", "gradient_accumulation_steps"
+    ] = 1
     seed: Annotated[int, "Everything random derives from it: initialization, order of the data, dropout."] = 0
 
     def __post_init__(self):

@@ -81,7 +81,9 @@ class DataConfig:
 
     sources: Annotated[tuple[SourceConfig, ...], "One table per source."]
     tokens: Annotated[int, "Token slots of a micro-batch, per data rank; documents are packed into them."] = 8192
-    max_length: Annotated[int | None, "Longest document in tokens; absent: as many as a micro-batch has."] = None
+    max_length: Annotated[
+        int | None, "Longest document in tokens; absent: as many as a micro-batch has.", "sequence_len", "max_seq_length"
+    ] = None
     overflow: Annotated[
         Literal["drop", "truncate", "split", "error"],
         "A longer document: leave it out, keep its beginning, cut it into pieces that all train, or stop.",

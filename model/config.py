@@ -25,9 +25,9 @@ class ModelConfig:
 class LoraConfig:
     """Low-rank adapters beside frozen weights (arXiv 2106.09685). Without this section everything trains."""
 
-    rank: Annotated[int, "Rank of the update."] = 16
-    alpha: Annotated[float, "The update is scaled by alpha / rank."] = 32.0
-    dropout: Annotated[float, "Dropout on the adapter's input while training."] = 0.0
+    rank: Annotated[int, "Rank of the update.", "lora_r"] = 16
+    alpha: Annotated[float, "The update is scaled by alpha / rank.", "lora_alpha"] = 32.0
+    dropout: Annotated[float, "Dropout on the adapter's input while training.", "lora_dropout"] = 0.0
     targets: Annotated[
         str | tuple[str, ...],
         "Which linears get an adapter: `all-linear` (all but the head), or leaf names (`q_proj`) and patterns over full names "

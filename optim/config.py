@@ -13,12 +13,14 @@ class AdamWConfig:
     """AdamW with decoupled weight decay (Loshchilov & Hutter, https://arxiv.org/abs/1711.05101)."""
 
     kind: Annotated[Literal["adamw"], "Which optimizer."] = "adamw"
-    lr: Annotated[float, "Peak learning rate."] = 2e-4
+    lr: Annotated[float, "Peak learning rate.", "learning_rate"] = 2e-4
     beta1: Annotated[float, "Decay of the gradient's running mean."] = 0.9
     beta2: Annotated[float, "Decay of the squared gradient's running mean."] = 0.999
     eps: Annotated[float, "Added to the denominator."] = 1e-8
     weight_decay: Annotated[float, "Decay of weight matrices; norms and biases are never decayed."] = 0.0
-    max_norm: Annotated[float, "Gradients are scaled down to this global L2 norm; 0 turns clipping off."] = 1.0
+    max_norm: Annotated[
+        float, "Gradients are scaled down to this global L2 norm; 0 turns clipping off.", "max_grad_norm", "gradient_clipping"
+    ] = 1.0
 
     def __post_init__(self):
         for key in ("lr", "eps", "weight_decay", "max_norm"):
@@ -43,7 +45,7 @@ class ConstantConfig:
     """The peak learning rate after the warm-up."""
 
     kind: Annotated[Literal["constant"], "Which schedule."] = "constant"
-    warmup: Annotated[float, "Linear warm-up: a fraction of the run (below 1) or a number of steps."] = 0.0
+    warmup: Annotated[float, "Linear warm-up: a fraction of the run (below 1) or a number of steps.", "warmup_steps", "warmup_ratio"] = 0.0
     __post_init__ = _check
 
 
@@ -52,7 +54,7 @@ class LinearConfig:
     """A straight line from the peak after the warm-up to `min` at the last step."""
 
     kind: Annotated[Literal["linear"], "Which schedule."] = "linear"
-    warmup: Annotated[float, "Linear warm-up: a fraction of the run (below 1) or a number of steps."] = 0.0
+    warmup: Annotated[float, "Linear warm-up: a fraction of the run (below 1) or a number of steps.", "warmup_steps", "warmup_ratio"] = 0.0
     min: Annotated[float, "Where the decay ends, as a fraction of the peak."] = 0.0
     __post_init__ = _check
 
@@ -62,7 +64,7 @@ class CosineConfig:
     """Half a cosine from the peak after the warm-up to `min` at the last step (https://arxiv.org/abs/1608.03983)."""
 
     kind: Annotated[Literal["cosine"], "Which schedule."] = "cosine"
-    warmup: Annotated[float, "Linear warm-up: a fraction of the run (below 1) or a number of steps."] = 0.03
+    warmup: Annotated[float, "Linear warm-up: a fraction of the run (below 1) or a number of steps.", "warmup_steps", "warmup_ratio"] = 0.03
     min: Annotated[float, "Where the decay ends, as a fraction of the peak."] = 0.0
     __post_init__ = _check
 

@@ -45,5 +45,8 @@ class RecomputeConfig:
     """Activation checkpointing: trade compute for memory."""
 
     kind: Annotated[
-        Literal["none", "full"], "full keeps only the input of each block and computes the block again in the backward pass."
+        Literal["none", "full"],
+        "full keeps only the input of each block and computes the block again in the backward pass.",
+        "gradient_checkpointing",
+        "activation_checkpointing",
     ] = "none"

@@ -8,6 +8,7 @@ the process group (gloo for host tensors, NCCL beside it on CUDA).
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import sys
@@ -124,13 +125,14 @@ class Launch:
         )
 
     def report(self, error: UserError) -> int:
-        """Prints the error once among all ranks and returns the exit code."""
-        reporter = getattr(error, "reporter", 0)
-        if self.rank == reporter:
+        """Prints the error once among all ranks, lets them leave together, and returns the exit code.
+
+        Together, because a launcher ends all ranks as soon as one exits, and the store may live in one of them.
+        """
+        if self.rank == getattr(error, "reporter", 0):
             print(f"error: {error}", file=sys.stderr, flush=True)
-            self.store.set("salamander/printed", "1")
-        else:
-            # a launcher ends all ranks as soon as one exits: let the line be printed first
-            deadline = time.monotonic() + 5
-            self._wait(lambda: self.store.check(["salamander/printed"]) or time.monotonic() > deadline)
+        deadline = time.monotonic() + 5
+        with contextlib.suppress(dist.DistError):  # the rank that held the store has left already
+            self.store.add("salamander/left", 1)
+            self._wait(lambda: self.store.add("salamander/left", 0) >= self.world or time.monotonic() > deadline)
         return error.exit_code

@@ -101,7 +101,8 @@ def test_one_line_and_exit_code_2(good, tmp_path, case):
 
 
 def test_the_good_case_is_good(good, tmp_path):
-    argv = ["--config", str(write_config(tmp_path / "c.toml", good / "model", good / "data.jsonl", tmp_path / "out", "[train]\nsteps = 1\n"))]
+    config = write_config(tmp_path / "c.toml", good / "model", good / "data.jsonl", tmp_path / "out", "[train]\nsteps = 1\n")
+    argv = ["--config", str(config)]
     ranks = launch.run([*argv, PRETRAINED], 2, tmp_path / "logs")
     assert ranks.wait() == [0, 0], ranks.output()
     assert LLAMA["model_type"] in (tmp_path / "out" / "export" / "config.json").read_text()

@@ -5,6 +5,7 @@ The reference runs in a process of its own, started outside the checkout: transf
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -52,13 +53,13 @@ def documents(cfg: RunConfig) -> list[list[dict]]:
     """For each step what our plan trains, as rows for the reference: labels unshifted."""
     tokenizer = Tokenizer.load(Path(cfg.model.path))
     docs = prepare(cfg.data, cfg.data.sources, tokenizer, Path(cfg.data.cache), cfg.train.seed)
-    stream = Stream(docs, tokens=cfg.data.tokens, max_length=cfg.data.longest, seed=cfg.train.seed, shuffle=True, rank=0, size=1, accumulate=ACCUMULATE)
+    stream = Stream(docs, tokens=cfg.data.tokens, max_length=cfg.data.longest, seed=cfg.train.seed, accumulate=ACCUMULATE)
     steps = []
     for step in range(1, STEPS + 1):
         rows = []
         for batch in stream.take(step):
             borders = [b for b in batch.cu_seqlens.unique().tolist() if b <= batch.filled]
-            for a, b in zip(borders, borders[1:]):
+            for a, b in itertools.pairwise(borders):
                 rows.append({"input_ids": batch.tokens[a:b].tolist(), "labels": [-100, *batch.labels[a : b - 1].tolist()]})
         steps.append(rows)
     return steps
@@ -88,7 +89,7 @@ def test_losses_equal_the_hf_trainers(tmp_path, lora):
     assert set(ranks.wait()) == {0}, ranks.output()
     ours = [r for r in read(tmp_path / "ours" / "metrics.jsonl") if "loss" in r]
 
-    steps = documents(load(RunConfig, tmp_path / "c.toml", [a for a in argv[2:]]))
+    steps = documents(load(RunConfig, tmp_path / "c.toml", argv[2:]))
     rows = {len(s) for s in steps}
     job = {
         "model": str(base),
