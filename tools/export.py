@@ -1,0 +1,150 @@
+"""The weights of a checkpoint of a run, in Hugging Face or PEFT layout: what the run itself would export at that step.
+
+    python -m tools.export --run out/run                     the newest intact checkpoint, into out/run/export_step_<n>
+    python -m tools.export --run out/run --step 500 --out out/at-500
+    python -m tools.export --run out/lora-run --merge        full weights with the adapter merged in
+
+Runs on the CPU. Optimizer states are not loaded, and the base model only where its weights are part of the result. What was
+written is read back and compared before the folder appears under its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.errors import ConfigError, ModelError, UserError
+
+if TYPE_CHECKING:
+    from model.decoder import Decoder
+    from parallel.mesh import Mesh
+
+
+def choose(run: Path, step: int | None) -> tuple[Path, dict]:
+    """The newest intact checkpoint, or that of `step`, and its manifest; every byte was verified."""
+    from runtime.checkpoint import store
+
+    found = store.Store(run).steps()
+    if step is not None:
+        found = [path for path in found if store.step_of(path) == step]
+    if not found:
+        raise ModelError("has no checkpoints" if step is None else f"has no checkpoint of step {step}", run / "checkpoints")
+    for path in found:
+        try:
+            return path, store.verify(path)
+        except store.Damaged as e:
+            print(f"skipped {path}: {e}", file=sys.stderr)
+    raise ModelError("no checkpoint is intact" if step is None else f"the checkpoint of step {step} is damaged", run / "checkpoints")
+
+
+@contextmanager
+def one_rank() -> Iterator[Mesh]:
+    """A mesh of size 1 on the CPU, whatever ranks the run had."""
+    import torch
+    import torch.distributed as dist
+
+    from parallel.config import ParallelConfig
+    from parallel.mesh import Mesh
+    from parallel.start import Launch
+
+    Launch().connect(torch.device("cpu"))
+    try:
+        yield Mesh.build(ParallelConfig(), torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def read_trained(checkpoint: Path, manifest: dict, net: Decoder) -> None:
+    """Fills the parameters that train, in place, and reads nothing else of the checkpoint."""
+    import torch.distributed.checkpoint as dcp
+
+    from runtime.checkpoint import shards
+
+    try:
+        metadata = shards.parse_metadata((checkpoint / shards.METADATA).read_bytes(), manifest["files"])
+    except shards.Refused as e:
+        raise ModelError(f"checkpoint metadata refused: {e}", checkpoint) from None
+
+    class Reader(dcp.FileSystemReader):
+        def read_metadata(self, *args, **kwargs):
+            return metadata  # torch's own would unpickle the file
+
+    trained = {f"model.{name}": p.detach() for name, p in net.named_parameters() if p.requires_grad}
+    for name, p in trained.items():
+        saved = metadata.state_dict_metadata.get(name)
+        if saved is None or (saved.size, saved.properties.dtype) != (p.shape, p.dtype):
+            raise ModelError(f"does not hold {name} as {tuple(p.shape)} {p.dtype}", checkpoint)
+    dcp.load(trained, storage_reader=Reader(checkpoint))
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from model.arch import Arch
+    from model.config import KernelsConfig
+    from model.hub import fetch
+    from model.safetensors_io import export_adapter, export_full, materialize
+    from model.tensor_folder import fingerprint
+    from runtime.config import load
+    from train import RunConfig, assemble
+
+    checkpoint, manifest = choose(args.run, args.step)
+    cfg = load(RunConfig, checkpoint / "resolved.toml")
+    folder = fetch(cfg.model.path, cfg.model.revision)
+    pretrained = cfg.model.init == "pretrained"
+    if manifest["identity"]["model"] != fingerprint(folder, weights=pretrained):
+        raise ModelError(f"is no longer the model that {checkpoint} was trained from", folder)
+    adapter_only = cfg.lora is not None and not (args.merge or cfg.output.merge)
+    if args.merge and cfg.lora is None:
+        raise ConfigError("has nothing to merge: this run trained the full weights", "--merge", True)
+    if args.dtype != "auto" and adapter_only:
+        raise ConfigError("is for full weights; an adapter keeps the dtype it trained in", "--dtype", args.dtype)
+
+    out = args.out or args.run / f"export_{checkpoint.name}"
+    with one_rank() as mesh:
+        net, _ = assemble(replace(cfg, kernels=KernelsConfig()), Arch.from_folder(folder), mesh)
+        if cfg.lora is not None and not adapter_only:
+            materialize(net, "cpu", cfg.train.seed, folder if pretrained else None)
+        else:
+            net.to_empty(device="cpu")  # pages nobody writes take no memory: a base that is not exported costs none
+        read_trained(checkpoint, manifest, net)
+        if adapter_only:
+            export_adapter(net, out, cfg.lora, cfg.model.path, tokenizer=folder, overwrite=args.overwrite)
+        else:
+            dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+            dtype = dtypes[cfg.output.dtype if args.dtype == "auto" else args.dtype]
+            export_full(net, out, folder, dtype=dtype, overwrite=args.overwrite)
+    use = f"--model {cfg.model.path} --adapter {out}" if adapter_only else f"--model {out}"
+    print(f"exported {checkpoint} to {out}, read back and compared\ntry it: python -m tools.generate {use} --chat 'Hello'")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="output folder of the run")
+    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the newest intact one)")
+    parser.add_argument("--out", type=Path, help="folder to write (default: export_step_<n> in the run's folder)")
+    parser.add_argument("--merge", action="store_true", help="of a LoRA run: full weights with the adapter merged in")
+    parser.add_argument(
+        "--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of full weights; auto: as the run's output.dtype says"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="move aside whatever lies in --out")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        run(args)
+        return 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
