@@ -123,8 +123,9 @@ def _adapter_sources(net: nn.Module, adapter: Adapter) -> dict[str, str]:
     if theirs.keys() != set(adapter.linears):
         raise ModelError(f"{listed(theirs.keys() ^ set(adapter.linears))}: not the linears that lora.targets selects", folder)
     for name, linear in theirs.items():
-        if (rank := linear.lora_A.weight.shape[0]) != adapter.rank or linear.adapter.scale != adapter.scale:
-            here, there = f"rank {rank}, scale {linear.adapter.scale:g}", f"rank {adapter.rank}, scale {adapter.scale:g}"
+        rank, scale = linear.lora_A.weight.shape[0], linear.adapter.scale
+        if rank != adapter.rank or not math.isclose(scale, adapter.scale, rel_tol=1e-6):
+            here, there = f"rank {rank}, scale {scale:g}", f"rank {adapter.rank}, scale {adapter.scale:g}"
             raise ModelError(f"has {there}, but lora.rank and lora.alpha give {here} ({name})", folder)
     sources = {f"{name}.lora_{m}.weight": f"{PREFIX}{names.to_hf(name)}.lora_{m}.weight" for name in linears for m in "AB"}
     for hf in adapter.saved:

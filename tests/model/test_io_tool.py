@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +13,7 @@ from tests.model.folders import digests, tensors
 from tests.tiny import write_chats, write_config, write_model
 from tools.export import main
 
-LORA = '[lora]\nrank = 4\ntrain_modules = ["norm"]\n'
+DOCS = (Path(__file__).parents[2] / "docs" / "lora.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +21,16 @@ def runs(tmp_path_factory):
     """A full and a LoRA run of 4 steps on 2 ranks, with checkpoints of steps 2 and 4; random bf16 weights as the base."""
     tmp = tmp_path_factory.mktemp("runs")
     model, data = write_model(tmp / "model", torch_dtype="bfloat16"), write_chats(tmp / "chats.jsonl", 24)
-    extra = "[train]\nsteps = 4\n[checkpoint]\nevery = 2\n[optim]\nlr = 1e-2\n"
-    for name, section in (("full", ""), ("lora", LORA)):
-        config = write_config(tmp / f"{name}.toml", model, data, tmp / name, extra + section)
-        ranks = launch.run(["--config", str(config)], 2, tmp / "logs")
+    write_config(tmp / "full.toml", model, data, tmp / "full", "[optim]\nlr = 1e-2\n")
+    lora = re.search(r"```toml\n(.*?)```", DOCS, re.S)[1]  # the config that the page shows, on our model and data
+    places = {"Qwen/Qwen3-0.6B": model, "data/chats.jsonl": data, "out/qwen3-lora": tmp / "lora", "epochs = 2": "steps = 4"}
+    for theirs, ours in places.items():
+        assert lora.count(theirs) == 1
+        lora = lora.replace(theirs, str(ours))
+    (tmp / "lora.toml").write_text(lora, encoding="utf-8")
+    small = ["--data.tokens=128", "--data.max_length=128", f"--data.cache={tmp / 'cache'}", "--train.steps=4", "--checkpoint.every=2"]
+    for name, more in (("full", []), ("lora", ["--model.init=random", "--lora.train_modules=['norm']"])):
+        ranks = launch.run(["--config", str(tmp / f"{name}.toml"), *small, *more], 2, tmp / "logs")
         assert set(ranks.codes.values()) == {0}, ranks.output()
     return tmp
 
