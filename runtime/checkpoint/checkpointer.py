@@ -50,6 +50,11 @@ class Found:
     def layout(self) -> dict[str, Any]:
         return self.manifest["layout"]
 
+    @property
+    def state(self) -> dict[str, Any]:
+        """What was saved beside the tensors."""
+        return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -176,7 +181,8 @@ class Checkpointer:
 
     def _decide(self, policy: str, found: Found | None, skipped: list) -> list[str]:
         """Rank 0: refuses what must not be resumed from, moves aside what is gone back behind; returns what to tell."""
-        told = [f"skipped {path}: {reason}" for path, reason in skipped]
+        skipped = sorted(skipped, key=lambda item: store.step_of(Path(item[0])) or 0, reverse=True)
+        told = [f"skipped {path}: {reason}" for path, reason in skipped if not found or store.step_of(Path(path)) > found.step]
         if found is None and skipped:
             if policy != "auto":
                 raise ConfigError(f"is damaged: {skipped[-1][1]}", "checkpoint.resume", policy)
@@ -202,7 +208,7 @@ class Checkpointer:
 
         def read() -> dict[str, Any]:
             shards.read(found.path, found.manifest["files"], tensors)
-            return json.loads((found.path / "state.json").read_text(encoding="utf-8"))
+            return found.state
 
         return self.team.together(read)
 
@@ -270,9 +276,10 @@ class Checkpointer:
     def _tell(self, outcome: Outcome) -> Outcome:
         if outcome.path is not None:
             self._last = outcome
-        if outcome.problem and self.team.rank == 0:
+        if self.team.rank == 0:
             kept = f"the newest checkpoint is step {self._last.step}" if self._last else "there is no checkpoint yet"
-            self._say(f"checkpoint of step {outcome.step}: {outcome.problem}; {kept}")
+            good = f"{size_text(outcome.nbytes)} in {outcome.seconds:.1f} s"
+            self._say(f"checkpoint of step {outcome.step}: " + (f"{outcome.problem}; {kept}" if outcome.problem else good))
         return outcome
 
     def _write(self, step: int, snapshot: shards.Snapshot, state: str, rng: Mapping[str, Tensor]) -> Outcome:

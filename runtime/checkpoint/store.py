@@ -34,6 +34,7 @@ MANIFEST = "MANIFEST.json"
 NEVER_PRUNED = 2
 _STEP = re.compile(r"step_(0|[1-9][0-9]*)")
 _SEAL = re.compile(rb'\{"crc32": "([0-9a-f]{8})",\n')
+_MANIFEST_KEYS = {"step": int, "written": str, "origin": (dict, type(None)), "layout": dict, "identity": dict, "config": dict}
 _CHUNK = 1 << 22
 
 
@@ -57,7 +58,7 @@ class CountedFile:
     def __init__(self, path: Path):
         at("open")
         self.path, self.size, self.crc = path, 0, 0
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self._file = open(path, "xb", buffering=1 << 20)  # noqa: SIM115
 
     def write(self, data) -> int:
@@ -91,10 +92,10 @@ class CountedFile:
     def _remembered(self):
         try:
             yield
-        except OSError as e:
-            if self._error is None:
-                self._error = OSError(e.errno, e.strerror, str(self.path)) if e.errno else e
-            raise self._error from e
+        except Exception as e:
+            named = OSError(e.errno, e.strerror, str(self.path)) if isinstance(e, OSError) else e
+            self._error = self._error or named
+            raise self._error from None
 
     def __enter__(self) -> CountedFile:
         return self
@@ -160,6 +161,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 raise Damaged(f"{MANIFEST} names a file outside its folder: {name!r}")
             if type(record["size"]) is not int or type(record["crc32"]) is not str:
                 raise Damaged(f"{MANIFEST} has no size and crc32 for {name!r}")
+        for key, kind in _MANIFEST_KEYS.items():
+            if not isinstance(manifest[key], kind):
+                raise Damaged(f"{MANIFEST} has no {key}")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise Damaged(f"{MANIFEST} is not one of ours ({type(e).__name__}: {e})") from None
     return manifest | {"id": manifest["crc32"]}

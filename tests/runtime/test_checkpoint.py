@@ -146,6 +146,7 @@ def test_random_sequences_against_an_oracle(folder):
     dice = random.Random(0)
     run_ = Store(folder)
     run_.folder.mkdir()
+    about = {"format": store.FORMAT, "written": "", "origin": None, "layout": {}, "identity": {}, "config": {}}
     intact, damaged, pins, step = set(), set(), set(), 0
     for _ in range(700):
         act = dice.choice(["save", "save", "save", "die", "damage", "pin", "unpin", "restart"])
@@ -154,7 +155,7 @@ def test_random_sequences_against_an_oracle(folder):
             aside = run_.begin(step)
             record = store.write_file(aside / "data", b"%d" % step)
             if act == "save":
-                store.write_manifest(aside, {"format": store.FORMAT, "step": step, "files": {"data": record}})
+                store.write_manifest(aside, about | {"step": step, "files": {"data": record}})
                 run_.publish(aside, step)
                 run_.settle(keep := dice.randint(2, 4))
                 intact.add(step)
@@ -356,7 +357,8 @@ def test_a_background_failure_comes_with_the_next_poll(folder):
     a, b = run(work, 2)
     assert a[:2] == b[:2] and b[2] == []
     assert a[0] is None and "rank 1" in a[1] and "No space left on device" in a[1] and "are free in" in a[1]
-    assert a[2][0].endswith("the newest checkpoint is step 1")
+    assert [line.partition(": ")[0] for line in a[2]] == [f"checkpoint of step {n}" for n in (1, 2, 3)]
+    assert a[2][1].endswith("the newest checkpoint is step 1")
     assert names(folder) == ["latest", "step_1", "step_3"]
 
 
@@ -379,16 +381,20 @@ def test_two_runs_in_one_folder_are_refused(folder):
     Store(folder).claim(patience_s=0.2)
 
 
-def test_a_checkpoint_that_appeared_meanwhile_is_not_touched(folder):
+@pytest.mark.parametrize("point, problem", [("mkdir", "exists, and was not written by this run"), ("rename", "Directory not empty")])
+def test_a_checkpoint_that_appeared_meanwhile_is_not_touched(folder, point, problem):
     def work(rank, world):
+        def appear(at):
+            if at == point and not (folder / "checkpoints/step_2").exists():
+                (folder / "checkpoints/step_2").mkdir()
+                (folder / "checkpoints/step_2/theirs").write_text("x")
+
         ckpt = checkpointer(folder)
         save(ckpt, 1, "fsdp2")
-        if rank == 0:
-            (folder / "checkpoints/step_2").mkdir()
-            (folder / "checkpoints/step_2/theirs").write_text("x")
+        store.at = appear
         return save(ckpt, 2, "fsdp2").problem
 
-    assert "exists, and was not written by this run" in run(work, 2)[1]
+    assert problem in run(work, 2)[1]
     assert [p.name for p in (folder / "checkpoints/step_2").iterdir()] == ["theirs"]
 
 

@@ -1,7 +1,7 @@
 """Every point of a save, failing on every rank: the others are told or end, and what was saved before stands.
 
 A point is a call of `store.at`. A save passes about 45 of them on two ranks (of the many writes of a file the first and the last
-are taken). Each is made to raise a disk's error, to raise an error that cannot even be pickled, and to kill its process,
+are taken, and one between). Each is made to raise a disk's error, to raise an error that cannot even be pickled, and to kill its process,
 in the foreground and in the background.
 """
 
@@ -59,14 +59,14 @@ def points(before):
         store.at = seen.append
         save(ckpt, 3, "fsdp2")
         inside = [i for i in range(1, len(seen) - 1) if seen[i - 1] == seen[i] == seen[i + 1] == "write"]
+        del inside[len(inside) // 2]  # one in the middle of a tensor stays: there torch.save hides the cause
         return [(i, name) for i, name in enumerate(seen) if i not in inside]
 
     with run_folder() as folder:
         shutil.copytree(before, folder, dirs_exist_ok=True)
         found = run(work, 2)
-    assert {name for _, name in found[0]} == set(
-        ["mkdir", "plan", "open", "write", "fsync", "fsync_folder", "rename", "latest", "trash", "delete"]
-    )
+    names = {"mkdir", "plan", "open", "write", "fsync", "fsync_folder", "rename", "latest", "trash", "delete"}
+    assert {name for _, name in found[0]} == names
     assert len(found[0]) > 25 and len(found[1]) >= 8
     return found
 
@@ -166,6 +166,8 @@ def test_a_kill_anywhere_costs_nothing_that_was_saved(before, points, async_):
     with run_folder() as base:
         for victim in (0, 1):
             for place, (index, name) in enumerate(points[victim]):
+                if async_ and place % 2:  # the thread passes the same points
+                    continue
                 folder = base / f"{victim}-{index}"
                 shutil.copytree(before, folder)
 

@@ -92,6 +92,8 @@ def test_a_damaged_checkpoint_is_passed_over(honest):
         with run_folder() as folder:
             shutil.copytree(honest, folder, dirs_exist_ok=True)
             names = [hurt(folder / f"checkpoints/step_{3 - i}", dice) for i in range(1 + number % 2)]
+            if len(names) == 1:
+                hurt(folder / "checkpoints/step_1", dice)  # older than what is found: nobody looks
             (step, said), (other, silent) = run(work, 2, folder)
             assert step == other == 3 - len(names) and not silent
             assert len(said) == len(names) + 2
@@ -287,15 +289,20 @@ def test_a_link_is_not_a_file(copy):
         store.verify(path)
 
 
-@pytest.mark.parametrize(
-    "body", [b"{}", b"[]", b'"x"', b'{"format": 2}', b'{"format": 1, "files": [1]}', b'{"format": 1, "files": {"a": 1}}', b"[" * 10**5]
-)
-def test_a_manifest_of_another_kind(copy, body):
+def test_a_manifest_of_another_kind(copy):
     path = copy / "checkpoints/step_3"
-    body = body[1:] if body[:1] == b"{" else body
-    (path / store.MANIFEST).write_bytes(f'{{"crc32": "{store.zlib.crc32(body):08x}",\n'.encode() + body)
-    with pytest.raises(Damaged):
-        store.verify(path)
+    bodies = [
+        '"x"',
+        '"format": 2}',
+        '"format": 1, "files": [1]}',
+        '"format": 1, "files": {"a": 1}}',
+        '"format": 1, "files": {}}',
+        "[" * 10**5,
+    ]
+    for body in map(str.encode, ["", "]", *bodies]):
+        (path / store.MANIFEST).write_bytes(f'{{"crc32": "{store.zlib.crc32(body):08x}",\n'.encode() + body)
+        with pytest.raises(Damaged, match=r"MANIFEST\.json is not one of ours|has format 2"):
+            store.verify(path)
 
 
 def test_the_reader_knows_what_honest_metadata_needs_and_no_more(honest):
