@@ -232,6 +232,12 @@ def test_wrong_overrides(write, override, expected):
     assert error_of(write(MINIMAL), *override.split(" --")[:1], *(f"--{o}" for o in override.split(" --")[1:])) == expected
 
 
+def test_an_override_takes_the_blame_for_what_it_replaces(write):
+    path = write(MINIMAL + "[lora]\nrank = 4\n")
+    assert error_of(path, "--lora.rank=0") == "command line: lora.rank=0 must be at least 1"
+    assert error_of(path, '--data.sources=[{pth = "x"}]').startswith("command line: --data.sources.0.pth: no such key; did you mean")
+
+
 def test_override_into_a_value_of_another_shape(write):
     assert error_of(write("lora = 3\n" + MINIMAL), "--lora.rank=3") == "x.toml:1: lora=3 must be a table"
     assert "must be an array of tables" in error_of(write("[data]\nsources = 3\n"), "--data.sources.0.path=x")
@@ -287,6 +293,12 @@ def test_every_typo_of_every_key(cls, ambiguous):
             right += suggest(root, (*place[:-1], typo))[:1] == [place]
     print(f"{cls.__name__}: {right} of {tried} = {right / tried:.4%} over {len(keys)} keys")
     assert tried > 5000 and right / tried >= 0.99
+
+
+@pytest.mark.parametrize("typo", ["l", "r", "rl", "lx", "xr", "lrr", "xlr", "lxr", "LR"])
+def test_typos_of_a_short_key(typo):
+    """One edit of two characters is half of the word: similarity alone would miss these."""
+    assert suggest(section(Sample), ("optim", typo)) == [("optim", "lr")]
 
 
 def test_no_typo_is_accepted(pretend):
