@@ -18,9 +18,9 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -216,6 +216,8 @@ class _File:
     def close(self) -> dict:
         self.file.flush()
         os.fsync(self.file.fileno())
+        if hasattr(os, "posix_fadvise"):  # forget the cached pages: reading back shall read the disk
+            os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self.file.close()
         return {"bytes": self.size, "crc32": f"{self.crc:08x}"}
 
@@ -238,8 +240,8 @@ class _Draft:
         self.sums: dict[str, dict] = {}
         self.shards = _split(layout, shard_bytes)
         self.current, self.left = None, 0
-        self.folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.draft-", dir=out.parent))
-        self.folder.chmod(0o777 & ~_umask())  # mkdtemp makes it private; the result is an ordinary folder
+        self.folder = out.parent / f".{out.name}.draft-{secrets.token_hex(4)}"
+        self.folder.mkdir()  # not mkdtemp, whose folders are private
         for name, content in files.items():
             self._add(name, content.read_bytes() if isinstance(content, Path) else content)
 
@@ -283,7 +285,7 @@ class _Draft:
         _sync(self.folder)
         old, ours = None, _ours(self.out)
         if self.out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f"{self.out.name}.replaced-", dir=self.out.parent))
+            old = self.out.with_name(f"{self.out.name}.replaced-{secrets.token_hex(4)}")
             self.out.rename(old)
         self.folder.rename(self.out)
         _sync(self.out.parent)
@@ -319,12 +321,6 @@ def _ours(out: Path) -> bool:
         return record["format"] == FORMAT and {p.name for p in out.iterdir()} <= {CHECKSUMS, *record["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync(folder: Path) -> None:

@@ -231,12 +231,14 @@ def test_a_full_disk_says_so_and_leaves_nothing(folder, tmp_path, monkeypatch):
 
 
 def test_a_read_only_parent_is_one_line(folder, tmp_path, monkeypatch):
+    net = loaded(folder)
+
     def refuse(*args, **kwargs):
         raise OSError(30, "Read-only file system", str(tmp_path / "out"))
 
-    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
     with pytest.raises(ModelError, match="out: cannot be written: Read-only file system"):
-        export_full(loaded(folder), tmp_path / "out", folder)
+        export_full(net, tmp_path / "out", folder)
 
 
 def test_what_reads_back_differently_is_not_published(folder, tmp_path, monkeypatch):
