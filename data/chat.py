@@ -10,10 +10,11 @@ like. So the rendered text itself says where every message's text went, whatever
 message then trains exactly what the model has to produce in its place:
 
   from   the end of the generation prompt: what the template writes when asked to open a reply, found once by a probe. Where
-         that is not what precedes the message, from the message's first character;
-  to     the end of its turn, inclusive: the first token after its text that ends generation (eos, the generation config's,
-         or the special token with which the template closes a reply); where there is none, the plain text with which the
-         template closes a reply, else the first special token, which is then the only sign that the turn is over.
+         that is not what precedes the message, or the template has none, from the message's own text (and the white space
+         before it that is not the end of the question's turn: " Hello" after "[/INST]");
+  to     the end of its turn, inclusive: the first token after its text that ends generation (eos, or another one that the
+         generation config names); where there is none, what the template closes a reply with (its first special token, or
+         plain text), found by a probe, too; else the first special token, which is then the only sign that the turn is over.
 
 A template that has `{% generation %}` blocks says itself what the model produces, and those are taken as they are.
 
@@ -61,7 +62,7 @@ class Text(str):
     runs: tuple[tuple[int, int, int], ...]
 
     def __new__(cls, text: str, runs: tuple[tuple[int, int, int], ...]):
-        self = super().__new__(cls, text)
+        self = str.__new__(cls, text)
         self.runs = runs
         return self
 
@@ -69,10 +70,12 @@ class Text(str):
         return self
 
     def __add__(self, other):
-        return join((self, other)) if isinstance(other, str) else NotImplemented
+        if not isinstance(other, str):
+            return NotImplemented
+        return Text(str.__add__(self, other), self.runs + _moved(other, len(self)))
 
     def __radd__(self, other):
-        return join((other, self)) if isinstance(other, str) else NotImplemented
+        return Text(str.__add__(other, self), _moved(self, len(other))) if isinstance(other, str) else NotImplemented
 
     def __getitem__(self, key):
         if isinstance(key, slice) and key.step in (None, 1):
@@ -101,6 +104,11 @@ class Text(str):
         return mark(value, self.runs[0][2]) if one else value
 
 
+def _moved(text: str, by: int) -> tuple[tuple[int, int, int], ...]:
+    """The runs of a text, if it has any, for a place that is `by` characters further on."""
+    return tuple([(begin + by, end + by, source) for begin, end, source in text.runs]) if type(text) is Text else ()
+
+
 def _follow(name: str):
     method = getattr(str, name)
 
@@ -127,11 +135,11 @@ def mark(value, source: int):
 
 def join(pieces: Iterable[str]) -> str:
     """`"".join` that keeps the sources, and the bound on what a template may write."""
-    pieces = tuple(pieces)
-    runs, at = [], 0
+    pieces = list(pieces)
+    runs: list[tuple[int, int, int]] = []
+    at = 0
     for piece in pieces:
-        if type(piece) is Text:
-            runs += [(begin + at, end + at, source) for begin, end, source in piece.runs]
+        runs += _moved(piece, at)
         at += len(piece)
     if at > MAX_OUTPUT:
         raise SecurityError(f"more than {MAX_OUTPUT} characters were written")
@@ -231,9 +239,9 @@ class _Template:
         self._variables = variables
         self.has_generation = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source))
         self.after_user, self.prompt, self.closing = self._probe()
-        self._special = _any_of(special_texts)
+        self._stop, self._special = _any_of(stop_texts), _any_of(special_texts)
         closer = self._special.search(self.closing)
-        self._stop = _any_of({*stop_texts, *([closer[0]] if closer else ())})
+        self._closer = _any_of([closer[0]] if closer else [])
         self._plain_closing = "" if closer else self.closing.rstrip()
 
     def render(self, messages: list[dict], tools: list | None, prompt: bool) -> str:
@@ -272,14 +280,17 @@ class _Template:
 
     def begin_of(self, gap: str, follows_user: bool) -> int:
         """How much of `gap`, the text between a message's text and the one before, is not the message's to produce."""
+        opened = self.prompt.strip() != ""
         if follows_user and self.after_user is not None and gap.startswith(self.after_user):
-            return len(self.after_user)
-        at = gap.rfind(self.prompt) if self.prompt.strip() else -1
+            own = gap[len(self.after_user) :]
+            if opened or not own.strip():
+                return len(gap) - len(own)
+        at = gap.rfind(self.prompt) if opened else -1
         return len(gap) if at < 0 else at + len(self.prompt)
 
     def end_of(self, gap: str) -> int:
         """How much of `gap`, the text from a message's text to the next one, ends the message's turn."""
-        if found := self._stop.search(gap):
+        if found := self._stop.search(gap) or self._closer.search(gap):
             return found.end()
         if self._plain_closing and gap.startswith(self._plain_closing):
             return len(self._plain_closing)
@@ -406,9 +417,12 @@ def _marked_spans(blocks: list, generated: list[Span], trained: Sequence[bool]) 
 
 def _plain(message: dict) -> dict:
     """A message as templates expect it: absent instead of null, and reasoning under each of its usual names."""
-    message = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((message[key] for key in _REASONING if key in message), None)
-    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    if None in message.values():
+        message = {key: value for key, value in message.items() if value is not None}
+    for key in _REASONING:
+        if key in message:
+            return {"thinking": message[key], **message, "reasoning_content": message[key]}
+    return message
 
 
 def _check_shown(message: dict, i: int, spans: list[str]) -> None:
@@ -417,15 +431,13 @@ def _check_shown(message: dict, i: int, spans: list[str]) -> None:
         raise BadRecord(f"{_named(message, i)}: the chat template does not show it as the model's, so it cannot be trained")
     content = message.get("content", "")
     wanted = [("content", part["text"]) for part in content] if isinstance(content, list) else [("content", content)]
-    wanted += [("tool_calls", call.get("function", call)["name"]) for call in message.get("tool_calls", ())]
-    wanted.append(("reasoning", message.get("reasoning_content", "")))
+    if "tool_calls" in message:
+        wanted += [("tool_calls", call.get("function", call)["name"]) for call in message["tool_calls"]]
+    if "reasoning_content" in message:
+        wanted.append(("reasoning", message["reasoning_content"]))
     shown = "".join(spans)
-    squeezed = None
     for field, value in wanted:
-        if value.strip() in shown:
-            continue
-        squeezed = squeezed or "".join(shown.split())
-        if "".join(value.split()) not in squeezed:
+        if value.strip() not in shown and "".join(value.split()) not in "".join(shown.split()):
             raise BadRecord(
                 f"{_named(message, i)}: the chat template leaves out or rewrites part of its {field} (as some do with the reasoning"
                 ' of earlier turns), so it cannot be trained; set train_on = "last", or data.template'

@@ -165,7 +165,7 @@ def _encode(batch: list[_Item], files: list[Path], tokenizer: Tokenizer) -> list
     """The encodings of the batch's texts, in order."""
     samples = [item.sample for item in batch if isinstance(item.sample, Sample)]
     try:
-        return tokenizer.encode_batch([sample.text for sample in samples], offsets=any(sample.spans for sample in samples))
+        return tokenizer.encode_batch([sample.text for sample in samples])
     except (TypeError, UnicodeEncodeError):
         for item in batch:
             try:

@@ -114,7 +114,7 @@ class Writer:
         self._buffered += len(document)
         self.tokens += len(document)
         self._ends.append(self.tokens)
-        targets = np.flatnonzero(document & TRAINED)
+        targets = np.flatnonzero(document >= TRAINED)
         self._targets.append(len(targets))
         self.open_ended += bool(len(targets)) and int(document[targets[-1]] & ~TRAINED) not in self._ends_text
         self._lines.append(line)

@@ -24,6 +24,7 @@ from data.sample import BadRecord, Sample
 from data.tokenizer import Tokenizer
 
 ROLES = {"human": "user", "gpt": "assistant"}  # as data in the ShareGPT form calls them
+_TYPES = {"reasoning_content": str, "thinking": str, "reasoning": str, "tool_calls": list}
 
 
 def template_of(cfg: DataConfig, tokenizer: Tokenizer) -> Chat:
@@ -81,13 +82,16 @@ def _trained(messages: list[dict], weights: list[bool | None], train_on: str) ->
 
 def _message(value: object, names: dict[str, str], roles: dict[str, str]) -> tuple[dict, bool | None]:
     """A message with our names, and what its own weight says."""
-    message = dict(as_object(value))
-    role = get(message, names["role"], str)
-    weight = message.pop(names["weight"], None)
+    given = as_object(value)
+    role, weight = get(given, names["role"], str), given.get(names["weight"])
     if weight is not None and weight not in (0, 1):
         raise BadRecord(f"field {names['weight']!r} must be 0 or 1, got {weight!r}")
-    content = message.pop(names["content"], None)
-    message = {"role": roles.get(role, role)} | {key: item for key, item in message.items() if key not in ("role", names["role"])}
+    message = {"role": roles.get(role, role)}
+    if (content := given.get(names["content"])) is not None:
+        message["content"] = content
+    taken = ("role", "content", names["role"], names["content"], names["weight"])
+    if len(given) > 2:
+        message |= {key: item for key, item in given.items() if key not in taken}
     if isinstance(content, list):
         for part in content:
             if get(as_object(part), "type", str) != "text":
@@ -95,15 +99,13 @@ def _message(value: object, names: dict[str, str], roles: dict[str, str]) -> tup
             get(part, "text", str)
     elif content is None:
         if not message.get("tool_calls"):
-            raise BadRecord(f"has no field {names['content']!r} (it has {', '.join(map(repr, value))}); names can be set with fields")
-    elif not isinstance(content, str):
+            raise BadRecord(f"has no field {names['content']!r} (it has {', '.join(map(repr, given))}); names can be set with fields")
+    elif type(content) is not str:
         raise BadRecord(f"field {names['content']!r} must be a string, got {kind_of(content)}")
-    if content is not None:
-        message["content"] = content
-    for key in ("reasoning_content", "thinking", "reasoning"):
-        get(message, key, str, required=False)
-    if (calls := get(message, "tool_calls", list, required=False)) is not None:
-        message["tool_calls"] = [_call(call) for call in calls]
+    for key in message.keys() & _TYPES.keys():
+        get(message, key, _TYPES[key], required=False)
+    if message.get("tool_calls") is not None:
+        message["tool_calls"] = [_call(call) for call in message["tool_calls"]]
     return message, None if weight is None else bool(weight)
 
 
