@@ -3,21 +3,23 @@
     z = h W^T                      [T, V]; with a soft-cap c: z = c tanh(h W^T / c)
     logp_t = z[t, label_t] - log sum_v exp(z[t, v])
 
-The forward runs over chunks of rows and keeps one log-sum-exp per row; the backward computes the chunk's logits again:
+Everything runs over chunks of rows whose logits fit a budget. The derivative of one row's logp,
 
-    dz[t, v] = g_t (1[v = label_t] - exp(z[t, v] - lse_t)),  times 1 - (z / c)^2 under a soft-cap
-    dh = dz W,  dW = dz^T h
+    u[t, v] = 1[v = label_t] - exp(z[t, v] - lse_t),  times 1 - (z / c)^2 under a soft-cap
+    dlogp_t / dh_t = u_t W   [D]
 
-so it serves any upstream gradient g (a plain sum, per-token weights, preference losses) at 4 matrix products of
-2 T V D operations for a frozen head, 5 for a trained one (Liger's trick of computing gradients in the forward saves one,
-but only for sums). The idea of chunking is that of apple/ml-cross-entropy (arXiv 2411.09009).
+needs no upstream gradient, so the forward computes it while it has the logits, and the backward for any upstream gradient g
+(a plain sum, per-token weights, preference losses) is dh_t = g_t (u_t W). For a trained head dW = (g u)^T h mixes rows after g
+is known: the backward computes the logits again, unless one chunk held them all and kept its u. In products of 2 T V D
+operations: 2 for a frozen head, 4 for a trained one, 3 if it fits one chunk. (That chunks need not cost a recomputation is
+known for sums, as in Liger; the chunking itself is that of apple/ml-cross-entropy, arXiv 2411.09009.)
 
 Logits and log-probs are fp32 (fp64 for fp64 inputs), dW accumulates in it. Rows whose label is negative give 0 and get no
 gradient; on the CPU they are left out of the products. On CUDA they are computed and zeroed, since to leave them out the
 host would have to wait for their number.
 
-Split over the vocabulary (each rank holds some rows of W), a rank computes the log-sum-exp and the chosen logit of its part;
-two sums and a maximum over [T] combine them, in the forward only. dh is then this rank's part of a sum.
+Split over the vocabulary (each rank holds some rows of W), a rank computes the log-sum-exp and the chosen logit of its part,
+and per chunk two sums and a maximum over [C] combine them, in the forward only. dh is then this rank's part of a sum.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class Vocabulary(Protocol):
     """How the rows of W are split over ranks."""
 
     first: int  # the row of the full matrix that this rank's first row is
+    most: int  # rows of the rank that holds most; chunks are cut by it, so that all ranks have the same
 
     def sum(self, x: Tensor) -> Tensor: ...
 
@@ -42,7 +45,7 @@ class Vocabulary(Protocol):
     def join(self, logits: Tensor) -> Tensor: ...
 
 
-# Bytes of one [rows, V] buffer of logits; up to three live at once (the product's output, its copy, a derivative).
+# Bytes of one fp32 [rows, V] buffer of logits. One or two live at once: a second for a soft-cap, and half of one in bf16.
 BUDGET = {"cuda": 1 << 30, "cpu": 1 << 24}
 
 
@@ -77,8 +80,9 @@ def linear_logprob(
         [T] fp32 (fp64 for fp64 `hidden`).
     """
     budget = budget or BUDGET.get(hidden.device.type, BUDGET["cpu"])
-    rows = max(16, budget // (4 * weight.shape[0]))
-    return _LinearLogprob.apply(hidden, weight, labels, softcap, rows, split)
+    rows = max(16, budget // (4 * (weight.shape[0] if split is None else split.most)))
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
+    return _LinearLogprob.apply(hidden, weight, labels, softcap, rows, split, *needs)
 
 
 def _logits(h: Tensor, w: Tensor, softcap: float | None) -> Tensor:
@@ -100,25 +104,45 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, rows: int, split: Vocabulary | None) -> Tensor:
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        softcap: float | None,
+        rows: int,
+        split: Vocabulary | None,
+        needs_dh: bool,
+        needs_dw: bool,
+    ) -> Tensor:
         kept = _kept(labels)
-        h = _take(hidden, kept)
+        h, w = _take(hidden, kept), weight.to(hidden.dtype)
         label, held = _held(_take(labels, kept), weight, split)
-        w = weight.to(hidden.dtype)
+        chunks = _chunks(h.shape[0], rows)
         lse = torch.empty(h.shape[0], dtype=_wide(h.dtype), device=h.device)
-        chosen = torch.empty_like(lse)
-        for c in _chunks(h.shape[0], rows):
+        logp = torch.empty_like(lse)
+        slopes = torch.empty_like(h) if needs_dh else None  # u W, the row's gradient but for g
+        only = None  # u of the only chunk
+        for c in chunks:
             z = _logits(h[c], w, softcap)
-            top = z.amax(1, keepdim=True)
-            chosen[c] = z.gather(1, label[c, None])[:, 0]
-            lse[c] = z.sub_(top).exp_().sum(1).log_() + top[:, 0]  # z.sub_ in place: one buffer, not three
-        if split is not None:
-            chosen = split.sum(chosen.masked_fill_(~held, 0.0))
-            top = split.max(lse)
-            lse = split.sum((lse - top).exp_()).log_() + top
-        ctx.save_for_backward(hidden, weight, labels, lse)
+            chosen = z.gather(1, label[c, None])[:, 0]
+            bend = _bend(z, softcap) if needs_dh or needs_dw else None
+            top = z.amax(1)
+            p = z.sub_(top[:, None]).exp_()
+            lse[c] = p.sum(1).log_() + top
+            if split is not None:
+                chosen = split.sum(chosen.masked_fill_(~held[c], 0.0))
+                highest = split.max(lse[c])
+                lse[c] = split.sum((lse[c] - highest).exp_()).log_() + highest
+            logp[c] = chosen - lse[c]
+            if needs_dh or (needs_dw and len(chunks) == 1):
+                u = _derivative(p.mul_((top - lse[c]).exp_()[:, None]), bend, label[c], held[c]).to(h.dtype)
+                if needs_dh:
+                    torch.mm(u, w, out=slopes[c])
+                if len(chunks) == 1:
+                    only = u
+        ctx.save_for_backward(*((hidden, weight, lse, only) if needs_dw else (None,) * 4), labels, slopes)
         ctx.softcap, ctx.rows, ctx.split = softcap, rows, split
-        logp = chosen - lse
         if kept is None:
             return torch.where(labels >= 0, logp, 0.0)
         return torch.zeros(labels.shape[0], dtype=lse.dtype, device=lse.device).index_copy_(0, kept, logp)
@@ -126,30 +150,39 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        hidden, weight, labels, lse = ctx.saved_tensors
+        hidden, weight, lse, only, labels, slopes = ctx.saved_tensors
         kept = _kept(labels)
-        h, label = _take(hidden, kept), _take(labels, kept)
+        label = _take(labels, kept)
         g = torch.where(label >= 0, _take(grad, kept), 0.0)[:, None]
-        label, held = _held(label, weight, ctx.split)
-        label, chosen = label[:, None], g * held[:, None]
-        w = weight.to(hidden.dtype)
-        dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros(weight.shape, dtype=_wide(weight.dtype), device=weight.device) if ctx.needs_input_grad[1] else None
-        for c in _chunks(h.shape[0], ctx.rows):
-            z = _logits(h[c], w, ctx.softcap)
-            slope = None if ctx.softcap is None else (z / ctx.softcap).square_().neg_().add_(1)
-            dz = z.sub_(lse[c, None]).exp_().mul_(-g[c])
-            dz.scatter_add_(1, label[c], chosen[c])
-            if slope is not None:
-                dz.mul_(slope)
-            dz = dz.to(h.dtype)
-            if dh is not None:
-                torch.mm(dz, w, out=dh[c])
-            if dw is not None:
-                _accumulate(dw, dz, h[c])
-        if dh is not None and kept is not None:
-            dh = torch.zeros_like(hidden).index_copy_(0, kept, dh)
-        return dh, None if dw is None else dw.to(weight.dtype), None, None, None, None
+        dh = dw = None
+        if slopes is not None:
+            dh = (g * slopes).to(slopes.dtype)
+            if kept is not None:
+                dh = dh.new_zeros(labels.shape[0], dh.shape[1]).index_copy_(0, kept, dh)
+        if weight is not None:
+            h, w = _take(hidden, kept), weight.to(hidden.dtype)
+            label, held = _held(label, weight, ctx.split)
+            dw = torch.zeros(weight.shape, dtype=_wide(weight.dtype), device=weight.device)
+            for c in _chunks(h.shape[0], ctx.rows):
+                u = only
+                if u is None:
+                    z = _logits(h[c], w, ctx.softcap)
+                    bend = _bend(z, ctx.softcap)
+                    u = _derivative(z.sub_(lse[c, None]).exp_(), bend, label[c], held[c])
+                _accumulate(dw, (g[c] * u).to(h.dtype), h[c])
+            dw = dw.to(weight.dtype)
+        return dh, dw, *(None,) * 6
+
+
+def _bend(z: Tensor, softcap: float | None) -> Tensor | None:
+    """Derivative of the soft-cap at the capped logits z: 1 - (z / c)^2, like z."""
+    return None if softcap is None else (z / softcap).square_().neg_().add_(1)
+
+
+def _derivative(p: Tensor, bend: Tensor | None, label: Tensor, held: Tensor) -> Tensor:
+    """u from the probabilities p [C, V], in place. label: [C] int64; held: [C] bool, is the label among these rows."""
+    u = p.neg_().scatter_add_(1, label[:, None], held.to(p.dtype)[:, None])
+    return u if bend is None else u.mul_(bend)
 
 
 def _held(label: Tensor, weight: Tensor, split: Vocabulary | None) -> tuple[Tensor, Tensor]:

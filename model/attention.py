@@ -25,7 +25,7 @@ class AttnContext:
     positions: [T] int32, restarting at 0 in each document.
     cu_seqlens: [N+1] int32, document borders from 0 to T, the end repeated up to a fixed N.
     max_seqlen: no document is longer.
-    rope: for each rope of the model (cos, sin), each [T, 1, head_dim / 2].
+    rope: for each rope of the model (cos, sin), each [T, 1, head_dim].
 
     What else a backend needs it makes from these in `prepare`, before the blocks run: masks, once per kind, or the borders on
     the host.

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.glu import glu
 from model.arch import Arch
 from model.linear import Linear, Slots
-
-ACT = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 
 
 def gated(ffn: FeedForward, x: Tensor) -> Tensor:
     """The default `impl`: one operation after the other."""
-    return ffn.down_proj(ffn.act(ffn.gate_proj(x)) * ffn.up_proj(x))
+    return ffn.down_proj(glu(ffn.gate_proj(x), ffn.up_proj(x), ffn.act))
 
 
 class FeedForward(Slots):
@@ -26,7 +22,7 @@ class FeedForward(Slots):
 
     def __init__(self, arch: Arch):
         super().__init__()
-        self.act = ACT[arch.hidden_act]
+        self.act = arch.hidden_act
         self.gate_proj = Linear(arch.hidden_size, arch.intermediate_size, arch.mlp_bias)
         self.up_proj = Linear(arch.hidden_size, arch.intermediate_size, arch.mlp_bias)
         self.down_proj = Linear(arch.intermediate_size, arch.hidden_size, arch.mlp_bias)

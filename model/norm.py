@@ -14,19 +14,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kernels.rms_norm import rms_norm
 from model.linear import Slots, here
-
-
-def _normalized(x: Tensor, eps: float) -> Tensor:
-    """x_hat in at least fp32."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 class RMSNorm(Slots):
     """x: [..., size] -> same shape and dtype; weight: [size]."""
 
     slots = ("shard",)
+    offset = False  # is the weight stored minus one
     initial = 1.0  # what a fresh weight holds
 
     def __init__(self, size: int, eps: float):
@@ -36,11 +32,8 @@ class RMSNorm(Slots):
         self.shard = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.scaled(x, here(self.weight))
+        y = rms_norm(x, here(self.weight), self.eps, self.offset)
         return y if self.shard is None else self.shard.leave(y)
-
-    def scaled(self, x: Tensor, weight: Tensor) -> Tensor:
-        return weight.to(x.dtype) * _normalized(x, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
@@ -49,11 +42,8 @@ class RMSNorm(Slots):
 class OffsetRMSNorm(RMSNorm):
     """RMSNorm whose weight is stored minus one."""
 
+    offset = True
     initial = 0.0
-
-    def scaled(self, x: Tensor, weight: Tensor) -> Tensor:
-        normalized = _normalized(x, self.eps)
-        return (normalized * (1.0 + weight.to(normalized.dtype))).to(x.dtype)
 
 
 NORMS = {"rms": RMSNorm, "rms_offset": OffsetRMSNorm}

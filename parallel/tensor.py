@@ -64,7 +64,8 @@ class Vocab:
 
     def __init__(self, group: dist.ProcessGroup, rows: int):
         self.group, self.rows = group, rows
-        self.first = -(-rows // group.size()) * group.rank()
+        self.most = -(-rows // group.size())
+        self.first = self.most * group.rank()
 
     def leave(self, h: Tensor) -> Tensor:
         """[T, D] with zeros for other ranks' tokens -> [T/n, D]."""
@@ -78,8 +79,7 @@ class Vocab:
 
     def join(self, logits: Tensor) -> Tensor:
         """[M, V/n] -> [M, V] on every rank."""
-        most = -(-self.rows // self.group.size())
-        padded = torch.nn.functional.pad(logits, (0, most - logits.shape[1]))
+        padded = torch.nn.functional.pad(logits, (0, self.most - logits.shape[1]))
         return gather(padded.T.contiguous(), self.group)[: self.rows].T
 
 
