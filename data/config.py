@@ -98,8 +98,8 @@ class DataConfig:
     def __post_init__(self):
         if not self.sources:
             raise ConfigError("must name at least one source", "sources")
-        if not 2 <= self.tokens < 2**31:
-            raise ConfigError("must be at least 2", "tokens", self.tokens)
+        if not 2 <= self.tokens < 2**30:
+            raise ConfigError("must lie between 2 and 2^30 - 1", "tokens", self.tokens)
         if self.max_length is not None and not 2 <= self.max_length <= self.tokens:
             raise ConfigError(
                 f"must lie between 2 and data.tokens={self.tokens}, which a document has to fit into", "max_length", self.max_length

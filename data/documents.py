@@ -1,8 +1,10 @@
 """The documents of a run: which tokens of which store, after the policy for long ones.
 
 A document is a range of tokens in the stores laid end to end: 8 bytes for where it begins and 4 for its length, and nothing
-else is held in memory. The top bit of the length says that the document continues: it is a piece of a longer one, and the
-target of its last token is the first token of the next piece. So splitting loses no target, and repeats no token.
+else is held in memory. A document that is too long may be split into pieces, which are documents from then on. A piece's
+last token has a target, too, the first token of the next piece: so splitting loses no target, and repeats no token. The top
+bit of a length says that there is such a target; the bit below, that a piece is not the first one, for where the pieces of a
+document have to stay together (held out or not, taken this time or not).
 
 What is left out is counted and reported: documents without a target (they would only cost time), and what `overflow` drops.
 """
@@ -23,8 +25,9 @@ from data.sample import IGNORE, TRAINED
 from data.store import Store
 from runtime.errors import DataError
 
-_CONTINUES = TRAINED  # the top bit, of lengths as of tokens
-_BELOW = np.uint32(TRAINED - 1)
+_CONTINUES, _FURTHER = np.uint32(1 << 31), np.uint32(1 << 30)  # bits of a length
+_LENGTH = np.uint32(_FURTHER - 1)
+_ID = np.uint32(TRAINED - 1)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Documents:
 
     origins: tuple[Origin, ...]
     begin: np.ndarray  # uint64 [n]
-    length: np.ndarray  # uint32 [n], top bit: continues
+    length: np.ndarray  # uint32 [n], and two bits
     longest: int
     overflow: str
     pad_id: int
@@ -97,7 +100,7 @@ class Documents:
     @property
     def lengths(self) -> np.ndarray:
         """[n] uint32: tokens of each document."""
-        return self.length & _BELOW
+        return self.length & _LENGTH
 
     @cached_property
     def _bases(self) -> np.ndarray:
@@ -113,9 +116,9 @@ class Documents:
         """Tokens [n] int64, labels [n] int64 (shifted: the target at each place, or IGNORE), number of the source."""
         source = int(np.searchsorted(self._bases, self.begin[i], "right")) - 1
         begin = int(self.begin[i] - self._bases[source])
-        length, more = int(self.length[i] & _BELOW), int(self.length[i] >= _CONTINUES)
+        length, more = int(self.length[i] & _LENGTH), int(self.length[i] >= _CONTINUES)
         raw = np.asarray(self.origins[source].store.tokens[begin : begin + length + more])
-        ids = (raw & _BELOW).astype(np.int64)
+        ids = (raw & _ID).astype(np.int64)
         labels = np.full(length, IGNORE, np.int64)
         labels[: len(raw) - 1] = np.where(raw[1:] >= TRAINED, ids[1:], IGNORE)
         return ids[:length], labels, source
@@ -169,9 +172,7 @@ class Documents:
 
     def _heads(self, s: int) -> np.ndarray:
         """[n of source s] bool: whether a document, and not a further piece of one, begins there."""
-        first, last = self._borders[s], self._borders[s + 1]
-        continues = self.length[first:last] >= _CONTINUES
-        return np.concatenate(([True], ~continues[:-1])) if last > first else np.zeros(0, bool)
+        return self.length[self._borders[s] : self._borders[s + 1]] & _FURTHER == 0
 
     def _chosen(self, s: int, count, *purpose: int | str) -> np.ndarray:
         """[n of source s] bool: the pieces of count(number of documents) documents, at random by `purpose`."""
@@ -240,7 +241,7 @@ class Documents:
 
 
 def _cut(origin: Origin, longest: int, overflow: str) -> tuple[np.ndarray, np.ndarray, Counts]:
-    """(begin uint64, length uint32 with the top bit, counts) of one store's documents."""
+    """(begin uint64, length uint32 with its bits, counts) of one store's documents."""
     store = origin.store
     end = np.array(store.index["end"])
     begin = np.concatenate((np.zeros(1, np.uint64), end[:-1]))
@@ -268,7 +269,7 @@ def _cut(origin: Origin, longest: int, overflow: str) -> tuple[np.ndarray, np.nd
             last = min(first + longest, n)
             more = last < n
             if learns[first + 1 : last + more].any():
-                pieces.append((at + first, last - first + more * int(_CONTINUES)))
+                pieces.append((at + first, last - first + more * int(_CONTINUES) + (kept > 0) * int(_FURTHER)))
                 kept += 1
         untrained += kept == 0
     begin, length = begin[whole], length[whole].astype(np.uint32)
@@ -281,10 +282,8 @@ def _cut(origin: Origin, longest: int, overflow: str) -> tuple[np.ndarray, np.nd
 
 
 def _nothing_left(count: Counts, longest: int) -> str:
-    if count.untrained == count.documents:
-        return (
-            f"nothing to train on: none of its {count.documents} documents has a trained token (see train_on, weight and the chat template)"
-        )
+    if count.long == 0:
+        return f"nothing to train on: none of its {count.documents} documents has a trained token; see train_on and the template"
     return (
         f"nothing to train on: of its {count.documents} documents, {count.untrained} have no trained token"
         f" and {count.long} have more than {longest} tokens"

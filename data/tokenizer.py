@@ -5,9 +5,10 @@ tokens are bos, eos, pad, and added tokens the first file lacks), `chat_template
 `generation_config.json` (further tokens that end a turn). Formats that need another library (`tokenizer.model`,
 `tekken.json`) are refused with the way to convert them.
 
-Beginning and end of text. A tokenizer says in its post-processor whether a text starts with bos or ends with eos. We ask it
-once, for `prefix_ids` and `suffix_ids`, and then encode without it: what is added is in one place, a chat template that
-writes its own bos never gets a second one, and character offsets keep the spaces that some post-processors trim away.
+Beginning and end of text. A tokenizer says in its post-processor whether a text starts with bos or ends with eos (flags such
+as `add_bos_token` mean nothing beside a tokenizer.json, in transformers 5 as here). We ask it once, for `prefix_ids` and
+`suffix_ids`, and then encode without it: what is added is in one place, a chat template that writes its own bos never gets a
+second one, and character offsets keep the spaces that some post-processors trim away.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Tokenizer:
         self.bos_id, self.eos_id = self._id_of("bos_token"), self._id_of("eos_token")
         self.pad_id = next(i for i in (self._id_of("pad_token"), self.eos_id, 0) if i is not None)
         self.eos_ids = tuple(dict.fromkeys(i for i in (self.eos_id, *eos_ids) if i is not None))
-        self.prefix_ids, self.suffix_ids = self._surroundings(config)
+        self.prefix_ids, self.suffix_ids = self._surroundings()
         pipeline.post_processor = None
 
     @classmethod
@@ -72,8 +73,7 @@ class Tokenizer:
         templates = _read_templates(folder, config)
         eos = _read_json(folder / "generation_config.json").get("eos_token_id")
         eos_ids = [eos] if isinstance(eos, int) else eos or []
-        settings = {key: config.get(key) for key in ("add_bos_token", "add_eos_token", "added_tokens_decoder")}
-        facts = json.dumps([_special_tokens(config), settings, templates, eos_ids], sort_keys=True)
+        facts = json.dumps([_special_tokens(config), config.get("added_tokens_decoder"), templates, eos_ids], sort_keys=True)
         fingerprint = hashlib.blake2b(hashlib.blake2b(data).digest() + facts.encode(), digest_size=16).hexdigest()
         return cls(pipeline, config, templates, eos_ids, fingerprint)
 
@@ -119,18 +119,14 @@ class Tokenizer:
         text = self.special.get(name)
         return None if text is None else self._pipeline.token_to_id(text)
 
-    def _surroundings(self, config: dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What the tokenizer puts before and after a text. `add_bos_token` and `add_eos_token`, where given, decide."""
+    def _surroundings(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the post-processor puts before and after a text."""
         bare = self._pipeline.encode("a", add_special_tokens=False).ids
         full = self._pipeline.encode("a", add_special_tokens=True).ids
-        at = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), None)
-        if at is None:
-            raise ModelError("the tokenizer's post-processor changes the text's own tokens, which is not supported")
-        around = [tuple(full[:at]), tuple(full[at + len(bare) :])]
-        if {"add_bos_token", "add_eos_token"} & config.keys():
-            for i, (key, token) in enumerate((("add_bos_token", self.bos_id), ("add_eos_token", self.eos_id))):
-                around[i] = (token,) if config.get(key) and token is not None else ()
-        return around[0], around[1]
+        for i in range(len(full) - len(bare) + 1):
+            if full[i : i + len(bare)] == bare:
+                return tuple(full[:i]), tuple(full[i + len(bare) :])
+        raise ModelError("the tokenizer's post-processor changes the text's own tokens, which is not supported")
 
 
 def _special_tokens(config: dict) -> dict[str, str]:

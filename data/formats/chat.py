@@ -90,8 +90,7 @@ def _message(value: object, names: dict[str, str], roles: dict[str, str]) -> tup
     if (content := given.get(names["content"])) is not None:
         message["content"] = content
     taken = ("role", "content", names["role"], names["content"], names["weight"])
-    if len(given) > 2:
-        message |= {key: item for key, item in given.items() if key not in taken}
+    message |= {key: item for key, item in given.items() if key not in taken}
     if isinstance(content, list):
         for part in content:
             if get(as_object(part), "type", str) != "text":

@@ -73,9 +73,11 @@ TEMPLATES = {
         "{%- set c = m.content.split('</think>')[-1].lstrip('\n') %}"
         "{%- else %}{%- set r = '' %}{%- set c = m.content %}{%- endif %}"
         "{{- '<|im_start|>assistant\n' }}"
-        "{%- if loop.index0 > ns.last %}{{- '<think>\n' + r.strip('\n') + '\n</think>\n\n' + c.lstrip('\n') }}{%- else %}{{- c }}{%- endif %}"
+        "{%- if loop.index0 > ns.last %}{{- '<think>\n' + r.strip('\n') + '\n</think>\n\n' + c.lstrip('\n') }}"
+        "{%- else %}{{- c }}{%- endif %}"
         "{%- if m.tool_calls %}{%- for t in m.tool_calls %}"
-        "{{- '\n<tool_call>\n{\"name\": \"' + t.function.name + '\", \"arguments\": ' + (t.function.arguments | tojson) + '}\n</tool_call>' }}"
+        "{{- '\n<tool_call>\n{\"name\": \"' + t.function.name + '\", ' }}"
+        "{{- '\"arguments\": ' + (t.function.arguments | tojson) + '}\n</tool_call>' }}"
         "{%- endfor %}{%- endif %}{{- '<|im_end|>\n' }}"
         "{%- else %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
         "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
@@ -87,7 +89,8 @@ TEMPLATES = {
         "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
     ),
     "open": (  # no token ends a turn; the next header does
-        "[gMASK]{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+        "[gMASK]{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
     ),
     "plain": (  # no special token at all
         "{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ '\n###\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
@@ -118,7 +121,9 @@ def _pipeline(kind: str, bos: bool) -> str:
         trainer = trainers.BpeTrainer(vocab_size=450, special_tokens=tokens, limit_alphabet=60, show_progress=False)
     pipeline.train_from_iterator(CORPUS, trainer)
     pipeline.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
-    pipeline.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("<think>", "</think>", "<tool_call>", "</tool_call>")])
+    pipeline.add_tokens(
+        [AddedToken(text, special=False, normalized=False) for text in ("<think>", "</think>", "<tool_call>", "</tool_call>")]
+    )
     if bos:
         pipeline.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", pipeline.token_to_id("<s>"))])
     elif kind == "bytes":
@@ -127,7 +132,13 @@ def _pipeline(kind: str, bos: bool) -> str:
 
 
 def write_tokenizer(
-    folder: Path, template: str | None = None, kind: str = "bytes", bos: bool = False, eos: str = "</s>", stop: tuple[str, ...] = (), **config
+    folder: Path,
+    template: str | None = None,
+    kind: str = "bytes",
+    bos: bool = False,
+    eos: str = "</s>",
+    stop: tuple[str, ...] = (),
+    **config,
 ) -> Path:
     """A tokenizer in a model folder. `stop`: further tokens that generation_config.json names as eos."""
     folder.mkdir(parents=True, exist_ok=True)

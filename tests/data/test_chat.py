@@ -6,11 +6,11 @@ import random
 from datetime import date
 
 import pytest
-from tests.data.making import TEMPLATES, bracketed, chat_for, tokenizer_for, turns, write_tokenizer
 
 from data.chat import Chat, Text, join, mark
 from data.sample import BadRecord
 from runtime.errors import DataError, ModelError
+from tests.data.making import TEMPLATES, bracketed, chat_for, tokenizer_for, turns, write_tokenizer
 
 
 def assistant(messages: list[dict]) -> list[bool]:
@@ -126,7 +126,10 @@ def test_reasoning(tmp_path):
     with pytest.raises(BadRecord, match=r"message 2 \(assistant\): the chat template leaves out or rewrites part of its content.*last"):
         shown(chat, two)
     last = shown(chat, two, [False, False, False, True])
-    assert last == head + "Hello!<|im_end|>\n<|im_start|>user\nSum?<|im_end|>\n<|im_start|>assistant\n⟦<think>\n40 + 2\n</think>\n\n42<|im_end|>⟧\n"
+    assert (
+        last
+        == head + "Hello!<|im_end|>\n<|im_start|>user\nSum?<|im_end|>\n<|im_start|>assistant\n⟦<think>\n40 + 2\n</think>\n\n42<|im_end|>⟧\n"
+    )
 
 
 def test_tool_calls_are_trained(tmp_path):
@@ -186,15 +189,25 @@ def test_refusals(tmp_path):
     refuses(tmp_path / "d", "{{ 1 / 0 }}", TALK, "^the chat template fails: ZeroDivisionError: division by zero$")
     refuses(tmp_path / "e", "{{ 'a' + 1 }}", TALK, "^the chat template fails: TypeError: ")
     refuses(tmp_path / "f", "{% for m in messages %}{{ m.content | length }};{% endfor %}", TALK, r"message 2 .*does not show it")
-    refuses(tmp_path / "g", "{% for m in messages %}{{ m.content | replace('l', '') }}<|end|>{% endfor %}", TALK, r"message 2 .*rewrites part of its content")
+    refuses(
+        tmp_path / "g",
+        "{% for m in messages %}{{ m.content | replace('l', '') }}<|end|>{% endfor %}",
+        TALK,
+        r"message 2 .*rewrites part of its content",
+    )
     refuses(tmp_path / "h", "{% for m in messages %}{{ m.content[:3] }}<|end|>{% endfor %}", TALK, r"message 2 .*leaves out or rewrites")
     around = "{{ messages[1].content }}{{ messages[0].content }}{{ messages[1].content }}"
     refuses(tmp_path / "i", around, TALK[:2], r"message 2 .*puts another message's text inside it")
-    refuses(tmp_path / "j", "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}", TALK, "several|some to train")
+    refuses(
+        tmp_path / "j",
+        "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}",
+        TALK,
+        "several|some to train",
+    )
 
 
 def test_limits(tmp_path):
-    many = "{% for i in range(100000) %}{{ 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx' }}{% endfor %}"
+    many = "{% for i in range(100000) %}" + "x" * 99 + "{% endfor %}"
     refuses(tmp_path / "a", many + many, TALK, "more than 16777216 characters")
     refuses(tmp_path / "b", "{{ 'x' * 999999999 }}", TALK, "more than 16777216 characters")
     refuses(tmp_path / "c", "{{ 9 ** 99 }}", TALK, "exponent")
@@ -240,7 +253,10 @@ def test_no_template_and_no_jinja(tmp_path):
 
 
 def test_named_templates(tmp_path):
-    named = [{"name": "default", "template": TEMPLATES["chatml"]}, {"name": "tool_use", "template": "{{ tools | tojson }}" + TEMPLATES["chatml"]}]
+    named = [
+        {"name": "default", "template": TEMPLATES["chatml"]},
+        {"name": "tool_use", "template": "{{ tools | tojson }}" + TEMPLATES["chatml"]},
+    ]
     write_tokenizer(tmp_path, chat_template=named)
     from data.tokenizer import Tokenizer
 
@@ -255,7 +271,29 @@ def test_named_templates(tmp_path):
 PIECES = [
     *("<|im_end|>", "<|im_start|>", "<|im_start|>assistant\n", "<|eot_id|>", "</s>", "<s>", "[INST]", "[/INST]", " [/INST]"),
     *("<start_of_turn>model\n", "<end_of_turn>", "<end_of_turn>\n", "{{ x }}", "{% raw %}", "⟦", "<think>", "\ue000", "\ufdd0"),
-    *("\n", "\n\n", " ", "  ", "\t", "\u2028", "\u00a0", "\r\n", "é", "e\u0301", "東京", "😀", "👨‍👩‍👧", "\u200b", "\x00", "a", "word", " word", "1", "123", '"'),
+    *(
+        "\n",
+        "\n\n",
+        " ",
+        "  ",
+        "\t",
+        "\u2028",
+        "\u00a0",
+        "\r\n",
+        "é",
+        "e\u0301",
+        "東京",
+        "😀",
+        "👨‍👩‍👧",
+        "\u200b",
+        "\x00",
+        "a",
+        "word",
+        " word",
+        "1",
+        "123",
+        '"',
+    ),
 ]
 
 
