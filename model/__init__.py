@@ -39,7 +39,7 @@ def load_pretrained(
 
     Args:
         dtype: of weights and activations; None is fp32.
-        adapter: folder of a PEFT adapter to put beside the weights.
+        adapter: folder or hub id of a PEFT adapter to put beside the weights.
 
     Raises:
         ModelError: the folder, or the adapter, is not one this code computes; one line that says why.
@@ -55,6 +55,7 @@ def load_pretrained(
     folder, dtype = fetch(str(path)), dtype or torch.float32
     net = build(Arch.from_folder(folder))
     if adapter is not None:
+        adapter = fetch(str(adapter))
         apply_lora(net, adapter_config(net, adapter))
     net.use_kernels(KernelsConfig(), device, dtype)
     net.to(dtype)

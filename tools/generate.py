@@ -175,7 +175,7 @@ def place(device: str, dtype: str) -> tuple[str, torch.dtype]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.generate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder in Hugging Face layout, or a hub id")
-    parser.add_argument("--adapter", help="folder of a PEFT adapter for it")
+    parser.add_argument("--adapter", help="folder or hub id of a PEFT adapter for it")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be given several times")
     what.add_argument("--chat", action="append", metavar="TEXT", help="a user's message to answer; may be given several times")
@@ -215,7 +215,7 @@ def run(args: argparse.Namespace) -> None:
     from model.hub import fetch
 
     folder = fetch(args.model)
-    adapter = Path(args.adapter) if args.adapter else None
+    adapter = fetch(args.adapter) if args.adapter else None
     net = load_pretrained(folder, dtype, device, adapter)
     # an adapter was trained on its own copy of the tokenizer, where it has one: the template may differ
     tokenizer = Tokenizer.load(adapter if adapter and (adapter / "tokenizer.json").is_file() else folder)

@@ -6,6 +6,8 @@ result from its fp64 result where that is more (small gradients that are differe
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,14 @@ from model.weights import NameMap
 from tests.model.golden import GOLDEN, distance, documents, fresh, rows, write_config
 
 transformers = pytest.importorskip("transformers")  # in the `test` extra
+
+
+def test_our_kernels_package_is_none_of_theirs():
+    """transformers looks into any importable package called `kernels`, and asks its version."""
+    import kernels
+
+    assert Path(kernels.__file__).read_text(encoding="utf-8") == ""
+    assert not transformers.utils.is_kernels_available()
 
 
 def test_every_family_has_a_golden_config():
