@@ -16,7 +16,8 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 def keys(indices: np.ndarray | int, *purpose: int | str) -> np.ndarray:
     """A key for each index (or each of the first so many), uint64, independent between purposes."""
-    seed = hashlib.blake2b(repr(purpose).encode(), digest_size=8).digest()
+    name = " ".join(part if isinstance(part, str) else str(int(part)) for part in purpose)
+    seed = hashlib.blake2b(name.encode(), digest_size=8).digest()
     indices = np.arange(indices, dtype=np.uint64) if isinstance(indices, int) else indices.astype(np.uint64)
     with np.errstate(over="ignore"):
         z = np.uint64(int.from_bytes(seed, "little")) + (indices + np.uint64(1)) * _GAMMA
