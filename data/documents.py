@@ -56,7 +56,8 @@ class Documents:
     """Documents of all sources, in order, each with its tokens and targets. Reading one reads it from disk.
 
     fingerprint: a key of everything that decides tokens, targets and borders; the same wherever the files lie.
-    pad_id: the tokenizer's. longest: no document has more tokens.
+    longest: no document has more tokens.
+    pad_id: the tokenizer's, or 0 where no document has so large an id: a padding token added later has no embedding.
     """
 
     origins: tuple[Origin, ...]
@@ -88,6 +89,7 @@ class Documents:
         facts = [[(origin.store.contents, origin.weight) for origin in origins], longest, overflow]
         fingerprint = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
         begin, length = np.concatenate(begins), np.concatenate(lengths)
+        pad_id = pad_id if any(pad_id <= origin.store.max_id for origin in origins) else 0
         return Documents(tuple(origins), begin, length, longest, overflow, pad_id, seed, tuple(counts), fingerprint)
 
     def __len__(self) -> int:

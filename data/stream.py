@@ -18,6 +18,7 @@ import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -193,20 +194,21 @@ class Stream:
         )
 
     def preview(self, tokenizer: Tokenizer, documents: int = 4, characters: int = 2000) -> str:
-        """The first batch of the run, decoded, with what is trained marked; its first few documents, shortened."""
-        batch = self._batches(1)[0]
-        borders = batch.cu_seqlens.tolist()
-        names = self.docs.sources
-        count = int((batch.group["source"] >= 0).sum())
-        shown = [f"first batch: {count} documents, {batch.learned():,} of {self.tokens:,} slots have a target; trained text is {_legend()}"]
-        for n in range(min(count, documents)):
-            begin, end = borders[n], borders[n + 1]
-            title = f"{end - begin} tokens from {names[int(batch.group['source'][n])]}"
-            text = marked(tokenizer, batch.tokens[begin:end].numpy(), batch.labels[begin:end].numpy(), characters)
-            shown.append(f"--- document {n + 1}: {title}\n{text}")
-        if count > documents:
-            shown.append(f"--- and {count - documents} more")
-        return "\n".join(shown)
+        """The first documents of the run as they are trained: packs decoded, what is trained marked, long ones shortened."""
+        plan, names = self._plan_of(0), self.docs.sources
+        begin, end = _marks()
+        lines = [f"how the run begins; trained text is {begin}marked{end}"]
+        for pack in range(len(plan)):
+            batch = self._batch(plan, pack, pack)
+            count = int(plan.bounds[pack + 1] - plan.bounds[pack])
+            lines.append(f"--- pack {pack + 1}: {count} documents, {batch.learned():,} of {self.tokens:,} slots have a target")
+            for n, (first, last) in enumerate(pairwise(batch.cu_seqlens[: min(count, documents) + 1].tolist())):
+                lines.append(f"--- {last - first} tokens from {names[int(batch.group['source'][n])]}")
+                lines.append(marked(tokenizer, batch.tokens[first:last].numpy(), batch.labels[first:last].numpy(), characters))
+            documents -= count
+            if documents <= 0:
+                break
+        return "\n".join(lines)
 
 
 _PLAIN, _COLOUR = ("⟦", "⟧"), ("\033[1;32m", "\033[0m")
@@ -214,11 +216,6 @@ _PLAIN, _COLOUR = ("⟦", "⟧"), ("\033[1;32m", "\033[0m")
 
 def _marks() -> tuple[str, str]:
     return _COLOUR if sys.stdout.isatty() else _PLAIN
-
-
-def _legend() -> str:
-    begin, end = _marks()
-    return f"{begin}marked{end}"
 
 
 def marked(tokenizer: Tokenizer, ids: np.ndarray, labels: np.ndarray, characters: int) -> str:

@@ -90,17 +90,13 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The largest id and one."""
-        return 1 + max(self._vocabulary.values())
+        """The largest id and one. A model may have fewer embeddings, if the ids beyond are never used."""
+        return 1 + max(self._pipeline.get_vocab(with_added_tokens=True).values())
 
     @cached_property
     def special_texts(self) -> dict[str, int]:
         """Text and id of every special token: these are what a template's control tokens are made of."""
         return {token.content: i for i, token in self._pipeline.get_added_tokens_decoder().items() if token.special}
-
-    @cached_property
-    def _vocabulary(self) -> dict[str, int]:
-        return self._pipeline.get_vocab(with_added_tokens=True)
 
     def check_vocabulary(self, size: int) -> None:
         """Refuses a model whose embeddings have fewer rows than the tokenizer has tokens.

@@ -151,15 +151,15 @@ def test_report_and_preview(tmp_path, monkeypatch):
     tokenizer = tokenizer_for(tmp_path, "chatml")
     talk = write_jsonl(tmp_path / "talk.jsonl", [{"messages": turns("Hi", "Yo \x1b[31mthere")}] * 3)
     text = write_jsonl(tmp_path / "text.jsonl", [{"text": t} for t in CORPUS[:3]])
-    docs = make(tmp_path, tokenizer, source(talk, "chat"), source(text, "completion"), tokens=256)
-    stream = Stream(docs, 256, 256, seed=0, size=2)
-    assert re.fullmatch(
-        r"2 packs of 256 tokens(, of which 1 empty)?, \d+\.\d % full, at most \d documents in one; 1 steps an epoch of 2 packs",
-        stream.report(),
-    )
+    docs = make(tmp_path, tokenizer, source(talk, "chat"), source(text, "completion"), tokens=128)
+    stream = Stream(docs, 128, 128, seed=0, size=3)
+    packs = r"3 packs of 128 tokens, of which 1 empty, \d+\.\d % full, at most \d documents in one"
+    assert re.fullmatch(packs + "; 1 steps an epoch of 3 packs", stream.report())
     preview = stream.preview(tokenizer, documents=9)
     shown = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Yo \\x1b[31mthere<|im_end|>⟧\n"
     assert shown in preview and "\x1b" not in preview and "tokens from talk\n" in preview
+    assert preview.count("--- pack ") == 2 and preview.count(" tokens from ") == 6
+    assert stream.preview(tokenizer, documents=2).count(" tokens from ") == 2
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     coloured = stream.preview(tokenizer, documents=1, characters=40)
-    assert "\033[1;32m" in coloured and "⟦" not in coloured and " ..." in coloured and "--- and " in coloured
+    assert "\033[1;32m" in coloured and "⟦" not in coloured and " ..." in coloured
