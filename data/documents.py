@@ -158,9 +158,7 @@ class Documents:
         else:
             counts = _share(int(size), [n // 2 for n in available])
         if sum(counts) == 0 or (size >= 1 and sum(counts) < size):
-            raise DataError(
-                f"cannot hold {size:g} out of {sum(available)} documents; hold out less, or give the evaluation its own sources"
-            )
+            raise DataError(f"cannot hold {size:g} out of {sum(available)} documents; hold out less, or set eval.sources")
         held = np.zeros(len(self), bool)
         for s, count in enumerate(counts):
             held[self._borders[s] : self._borders[s + 1]] = self._chosen(s, lambda n, count=count: count, "split", seed)
