@@ -17,12 +17,15 @@ A document here is whatever must stay together: for preference data a pair, whos
 
 from __future__ import annotations
 
+from array import array
+
 import numpy as np
 
 from data.keys import order_by, permutation
 
 _LOOSE = 50  # one in so many short documents stays loose
-_EXTRA_PACKS = 0.002  # packs that a limit on the number of documents may cost
+_EXTRA_PACKS = 0.002  # share of packs that a limit on the number of documents may cost
+_UNFILLED = 0.003  # share of slots that may stay empty before packing without ties is tried
 
 
 def pack(lengths: np.ndarray, tokens: int) -> np.ndarray:
@@ -33,7 +36,15 @@ def pack(lengths: np.ndarray, tokens: int) -> np.ndarray:
         tokens: slots of a pack.
     """
     lengths = lengths.astype(np.int64)
-    tied = _tie(lengths, tokens)
+    packs = _pack_tied(lengths, _tie(lengths, tokens), tokens)
+    if packs.max() + 1 > (1 + _UNFILLED) * lengths.sum() / tokens:  # few documents, or long ones: see if it is the ties
+        plain = _pack_tied(lengths, np.full(len(lengths), -1), tokens)
+        packs = min(packs, plain, key=np.max)
+    return packs
+
+
+def _pack_tied(lengths: np.ndarray, tied: np.ndarray, tokens: int) -> np.ndarray:
+    """Packs documents together with those that are tied to them."""
     load = np.bincount(np.where(tied < 0, np.arange(len(lengths)), tied), lengths, len(lengths)).astype(np.int64)
     free = np.flatnonzero(tied < 0)
     order = free[order_by(tokens - load[free])]
@@ -59,12 +70,12 @@ def _tie(lengths: np.ndarray, tokens: int) -> np.ndarray:
     return tied
 
 
-def best_fit(lengths: np.ndarray, tokens: int) -> list[int]:
+def best_fit(lengths: np.ndarray, tokens: int) -> np.ndarray:
     """Best-fit decreasing: the pack of each document. `lengths` must not increase."""
     values, counts = np.unique(lengths, return_counts=True)
     packs: list[list[int]] = [[] for _ in range(tokens)]  # by room left; full ones are not kept
     rooms = 0  # bit r: packs[r] is not empty
-    out: list[int] = []
+    out = array("I")
     opened = 0
 
     def keep(ids, room: int) -> None:
@@ -88,12 +99,13 @@ def best_fit(lengths: np.ndarray, tokens: int) -> list[int]:
                 opened += wanted
             full, rest = divmod(min(count, len(ids) * each), each)
             count -= full * each + rest
-            out += [i for i in ids[:full] for _ in range(each)] if each > 1 else ids[:full]
+            for _ in range(each):
+                out.extend(ids[:full])
             keep(ids[:full], room - each * length)
             if rest:
-                out += [ids[full]] * rest
+                out.extend([ids[full]] * rest)
                 keep(ids[full : full + 1], room - rest * length)
-    return out
+    return np.frombuffer(out, np.uint32)
 
 
 def best_fit_ref(lengths: np.ndarray, tokens: int) -> list[int]:
