@@ -51,7 +51,7 @@ class ConstantConfig:
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """A straight line from the peak after the warm-up to `min` at the last step."""
+    """A straight line from the peak after the warm-up to `min` behind the last step."""
 
     kind: Annotated[Literal["linear"], "Which schedule."] = "linear"
     warmup: Annotated[float, "Linear warm-up: a fraction of the run (below 1) or a number of steps.", "warmup_steps", "warmup_ratio"] = 0.0
@@ -61,7 +61,7 @@ class LinearConfig:
 
 @dataclass(frozen=True)
 class CosineConfig:
-    """Half a cosine from the peak after the warm-up to `min` at the last step (https://arxiv.org/abs/1608.03983)."""
+    """Half a cosine from the peak after the warm-up to `min` behind the last step (https://arxiv.org/abs/1608.03983)."""
 
     kind: Annotated[Literal["cosine"], "Which schedule."] = "cosine"
     warmup: Annotated[float, "Linear warm-up: a fraction of the run (below 1) or a number of steps.", "warmup_steps", "warmup_ratio"] = 0.03

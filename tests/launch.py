@@ -50,12 +50,12 @@ class Ranks:
             time.sleep(0.01)
         return [self.codes[r] for r in range(len(self.pids))]
 
-    def end_after_one(self, timeout_s: float = 30.0) -> list[int]:
-        """What torchrun does: once a rank has failed, the others get SIGTERM, then SIGKILL."""
+    def end_after_one(self, grace_s: float = 0.5) -> list[int]:
+        """What a launcher does: once a rank has failed, the others are ended. Those that notice by themselves get the time to."""
         while not self.codes:
             self.poll()
             time.sleep(0.005)
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + grace_s
         while not self.poll():
             if time.monotonic() > deadline:
                 self.signal(signal.SIGKILL)

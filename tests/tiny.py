@@ -58,10 +58,10 @@ def write_model(folder: Path, **changes: object) -> Path:
     return folder
 
 
-def write_chats(path: Path, n: int, seed: int = 0, longest: int = 24) -> Path:
+def write_chats(path: Path, n: int, seed: int = 0, shortest: int = 1, longest: int = 24) -> Path:
     """`n` one-turn conversations of ragged length."""
     rng = random.Random(seed)
-    text = lambda: " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))  # noqa: E731
+    text = lambda: " ".join(rng.choices(WORDS, k=rng.randint(shortest, longest)))  # noqa: E731
     rows = [{"messages": [{"role": "user", "content": text()}, {"role": "assistant", "content": text()}]} for _ in range(n)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")

@@ -68,13 +68,14 @@ def documents(cfg: RunConfig) -> list[list[dict]]:
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_losses_equal_the_hf_trainers(tmp_path, lora):
     # documents longer than half a row: one each, so that a step is ACCUMULATE documents for both
+    lr = 1e-2 if lora else 3e-3
     write_model(tmp_path / "model")
-    data = write_chats(tmp_path / "data.jsonl", 36, longest=24)
-    extra = f"[train]\nsteps = 1\naccumulate = {ACCUMULATE}\n[optim]\nlr = 3e-3\n[schedule]\nkind = 'constant'\n[log]\nevery = 1\n"
+    data = write_chats(tmp_path / "data.jsonl", 36, shortest=18, longest=24)
+    extra = f"[train]\nsteps = 1\naccumulate = {ACCUMULATE}\n[optim]\nlr = {lr}\n[schedule]\nkind = 'constant'\n[log]\nevery = 1\n"
     if lora:
-        extra += "[lora]\nrank = 4\nalpha = 8\n"
+        extra += "[lora]\nrank = 4\nalpha = 8\ntrain_modules = ['lm_head']\n"
     text = write_config(tmp_path / "c.toml", tmp_path / "model", data, tmp_path / "first", extra).read_text()
-    (tmp_path / "c.toml").write_text(text.replace("tokens = 128\nmax_length = 128", "tokens = 64\nmax_length = 64"))
+    (tmp_path / "c.toml").write_text(text.replace("tokens = 128\nmax_length = 128", "tokens = 96\nmax_length = 96"))
     argv = ["--config", str(tmp_path / "c.toml")]
     # weights for both sides: what one full step exported, with the adapter that one LoRA step made (so B is not zero)
     assert launch.run([*argv, "--output.merge=true"] if lora else argv, 1, tmp_path / "logs").wait() == [0]
@@ -85,7 +86,9 @@ def test_losses_equal_the_hf_trainers(tmp_path, lora):
         assert launch.run([*argv, "--train.steps=1", f"--output.path={tmp_path / 'adapter'}"], 1, tmp_path / "logs").wait() == [0]
         adapter = tmp_path / "adapter" / "export"
         argv += [f"--lora.adapter={adapter}"]
-    ranks = launch.run([*argv, f"--output.path={tmp_path / 'ours'}"], 2 if not lora else 1, tmp_path / "logs", timeout_s=200)
+    world = 1 if lora else ACCUMULATE  # micro-batches after each other, or beside each other
+    split = f"--train.accumulate={ACCUMULATE // world}"
+    ranks = launch.run([*argv, split, f"--output.path={tmp_path / 'ours'}"], world, tmp_path / "logs", timeout_s=200)
     assert set(ranks.wait()) == {0}, ranks.output()
     ours = [r for r in read(tmp_path / "ours" / "metrics.jsonl") if "loss" in r]
 
@@ -98,7 +101,7 @@ def test_losses_equal_the_hf_trainers(tmp_path, lora):
         "rows": 1,
         "accumulate": ACCUMULATE,
         "steps": STEPS,
-        "lr": 3e-3,
+        "lr": lr,
         "out": str(tmp_path / "hf"),
     }
     assert rows == {ACCUMULATE}
@@ -109,7 +112,7 @@ def test_losses_equal_the_hf_trainers(tmp_path, lora):
     theirs = json.loads((tmp_path / "result.json").read_text())
 
     assert len(ours) == len(theirs["loss"]) == STEPS
-    assert theirs["loss"][0] - theirs["loss"][-1] > 0.5, "nothing was learned: the comparison would be of constants"
+    assert theirs["loss"][0] - theirs["loss"][-1] > 0.4, "nothing was learned: the comparison would be of constants"
     for mine, loss, norm in zip(ours, theirs["loss"], theirs["grad_norm"]):
         assert mine["loss"] == pytest.approx(loss, rel=1e-4)
         assert mine["grad_norm"] == pytest.approx(norm, rel=1e-3)

@@ -1,0 +1,173 @@
+"""A run as users script against it: files, resumes, signals, evaluation, early stopping, repeating, other entry points."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from runtime.config import load, to_toml
+from runtime.metrics import read
+from tests import launch
+from tests.tiny import write_chats, write_config, write_model
+from train import RunConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(toml, name) -> (arguments, output folder) of a run over sixty conversations."""
+    model, data = write_model(tmp_path / "model"), write_chats(tmp_path / "data.jsonl", 60)
+
+    def config(extra: str, name: str = "run") -> tuple[list[str], Path]:
+        out = tmp_path / name
+        return ["--config", str(write_config(tmp_path / f"{name}.toml", model, data, out, extra))], out
+
+    return config
+
+
+def ok(argv: list[str], world: int, out: Path) -> str:
+    ranks = launch.run(argv, world, out / "out")
+    assert ranks.wait() == [0] * world, ranks.output()
+    return ranks.output()
+
+
+def weights(out: Path) -> bytes:
+    return next((out / "export").glob("*.safetensors")).read_bytes()
+
+
+def test_the_output_folder_is_what_the_interface_says(make):
+    argv, out = make("[train]\nsteps = 4\n[log]\nevery = 2\n[eval]\nevery = 2\nsplit = 0.2\n[checkpoint]\nevery = 2\n")
+    said = ok(argv, 2, out)
+    records = read(out / "metrics.jsonl")
+    assert [r["step"] for r in records] == [2, 2, 4, 4]
+    train, evals = [r for r in records if "loss" in r], [r for r in records if "eval_loss" in r]
+    assert {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "memory_gib", "epoch"} <= train[0].keys()
+    assert evals[0]["eval_sources"].keys() == {"data"}
+    assert (out / "checkpoints" / "latest").read_text().strip() == "step_4"
+    assert sorted(p.name for p in (out / "checkpoints").glob("step_*")) == ["step_2", "step_4"]
+    assert (out / "logs" / "rank_0.log").exists()
+    assert (out / "logs" / "rank_1.log").exists()
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= {p.name for p in (out / "export").iterdir()}
+    assert "<|im_start|>user" in said
+    assert "⟦" in said, "the first batch is shown with trained tokens marked"
+    assert load(RunConfig, out / "resolved.toml") == load(RunConfig, argv[1])
+    assert (out / "checkpoints" / "step_4" / "resolved.toml").read_text() == to_toml(load(RunConfig, argv[1]))
+    # again: nothing to do; with more steps: goes on
+    before = weights(out)
+    assert "result" in ok(argv, 2, out)
+    assert weights(out) == before
+    ok([*argv, "--train.steps=5"], 2, out)
+    assert [r["step"] for r in read(out / "metrics.jsonl")] == [2, 2, 4, 4, 5, 5]
+    assert weights(out) != before
+
+
+def test_resolved_config_repeats_the_run_to_the_bit(make, tmp_path):
+    argv, out = make("[train]\nsteps = 3\n[lora]\nrank = 2\ndropout = 0.1\n")
+    ok(argv, 1, out)
+    ok(["--config", str(out / "resolved.toml"), f"--output.path={tmp_path / 'again'}"], 1, tmp_path / "again")
+    assert weights(out) == weights(tmp_path / "again")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_rank_saves_and_the_same_command_resumes(make, number):
+    extra = "[train]\nsteps = 40\n[log]\nevery = 1\n[checkpoint]\nevery = 0\nasync = true\n"
+    argv, calm = make(extra, "calm")
+    ok(argv, 2, calm)
+    argv, out = make(extra, "signalled")
+    ranks = launch.start(argv, 2, out / "out")
+    while not (out / "metrics.jsonl").exists() or len(read(out / "metrics.jsonl")) < 3:
+        assert not ranks.poll(), ranks.output()
+        time.sleep(0.002)
+    ranks.signal(number, rank=1)
+    assert ranks.wait() == [0, 0], ranks.output()
+    done = max(r["step"] for r in read(out / "metrics.jsonl"))
+    assert 3 <= done < 40
+    assert (out / "checkpoints" / "latest").read_text().strip() == f"step_{done}"
+    assert not (out / "export").exists()
+    ok(argv, 2, out)
+    assert weights(out) == weights(calm)
+    assert [r["loss"] for r in read(out / "metrics.jsonl")] == [r["loss"] for r in read(calm / "metrics.jsonl")]
+
+
+def test_early_stopping_ends_the_run_and_exports(make):
+    argv, out = make("[train]\nsteps = 50\n[optim]\nlr = 0.0\n[eval]\nevery = 2\nsplit = 6\npatience = 3\n")
+    ok(argv, 1, out)
+    evals = [r for r in read(out / "metrics.jsonl") if "eval_loss" in r]
+    assert [r["step"] for r in evals] == [2, 4, 6, 8]  # the first is the best, three more are not better
+    assert len({r["eval_loss"] for r in evals}) == 1
+    assert json.loads((out / "result.json").read_text())["step"] == 8
+    assert "ended at step 8" in ok(argv, 1, out)
+
+
+def test_evaluation_does_not_depend_on_ranks_and_counts_every_source(make, tmp_path):
+    write_chats(tmp_path / "short.jsonl", 7, seed=1, longest=3)
+    write_chats(tmp_path / "long.jsonl", 9, seed=2, shortest=15)
+    sources = "".join(f'[[eval.sources]]\npath = "{tmp_path / name}.jsonl"\nformat = "chat"\n' for name in ("short", "long"))
+    found = []
+    for world in (1, 3):
+        argv, out = make(f"[train]\nsteps = 1\naccumulate = {3 // world}\n[eval]\n{sources}", f"w{world}")
+        ok(argv, world, out)
+        found.append(next(r for r in read(out / "metrics.jsonl") if "eval_loss" in r))
+    one, three = found
+    assert one["eval_sources"].keys() == {"short", "long"}
+    assert one["eval_tokens"] == three["eval_tokens"]
+    assert one["eval_loss"] == pytest.approx(three["eval_loss"], rel=1e-6)
+    assert one["eval_sources"] == pytest.approx(three["eval_sources"], rel=1e-6)
+    assert one["eval_sources"]["short"] != pytest.approx(one["eval_sources"]["long"], rel=1e-4)
+
+
+def test_another_model_or_other_data_in_the_same_folder_is_refused(make, tmp_path):
+    argv, out = make("[train]\nsteps = 2\n")
+    ok(argv, 1, out)
+    more = [*argv, "--train.steps=3"]
+    for change, says in (
+        ("--optim.lr=0.5", "optim.lr"),
+        ("--data.tokens=192", "data.tokens"),
+        ("--lora.rank=4", "lora"),
+        ("--train.seed=1", "train.seed"),
+    ):
+        ranks = launch.run([*more, change], 1, out / "out")
+        assert ranks.wait() == [2], change
+        assert says in ranks.output(), ranks.output()
+    write_chats(tmp_path / "data.jsonl", 61)
+    ranks = launch.run(more, 1, out / "out")
+    assert ranks.wait() == [2]
+    assert "data" in ranks.output()
+    ok([*more, "--checkpoint.allow_change=true"], 1, out)
+
+
+def test_bf16_compute_keeps_fp32_masters(make):
+    from safetensors import safe_open
+
+    argv, out = make("[train]\nsteps = 2\n[precision]\ncompute = 'bf16'\n[recompute]\nkind = 'full'\n")
+    ok(argv, 2, out)
+    with safe_open(out / "export" / "model.safetensors", "pt") as f:
+        assert {f.get_slice(k).get_dtype() for k in f.keys()} == {"F32"}  # noqa: SIM118
+        tensor = f.get_tensor("model.layers.0.mlp.up_proj.weight")
+    assert (tensor != tensor.bfloat16().float()).any(), "the masters were rounded"
+
+
+@pytest.mark.parametrize("how", ["python", "torchrun"])
+def test_the_command_lines_of_the_interface(make, how):
+    argv, out = make("[train]\nsteps = 1\n")
+    command = (
+        [sys.executable, "train.py"]
+        if how == "python"
+        else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "train.py"]
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *argv], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (out / "export" / "model.safetensors").exists()
+    wrong = subprocess.run([*command, *argv, "--train.stesp=2"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert wrong.returncode == (2 if how == "python" else 1)
+    assert wrong.stderr.count("did you mean --train.steps?") == 1
+    assert "Traceback" not in wrong.stderr.split("ChildFailedError")[0].split("torch/distributed")[0]
