@@ -255,6 +255,17 @@ def memory_gib(device: torch.device) -> float:
     return peak / 2**30
 
 
+def utilization(net: Decoder, documents: Documents, mesh: Mesh) -> float | None:
+    """MFU for each token per second of the whole run; None on devices whose peak is not known."""
+    import torch
+
+    from model import flops
+
+    peak = flops.peak(torch.cuda.get_device_name(mesh.device)) if mesh.device.type == "cuda" else None
+    lengths = documents.lengths.astype(float)
+    return flops.per_token(net, (lengths**2).sum() / lengths.sum()) / (peak * mesh.size) if peak else None
+
+
 class Reporter:
     """Where numbers go: metrics.jsonl and trackers (rank 0), and the progress line. Resuming drops records of undone steps."""
 
@@ -297,14 +308,14 @@ def run(cfg: RunConfig, launch: Launch) -> None:
     from runtime.stop import Stop
 
     # before the process group: what the user can fix, and work on the host
-    stop, out = Stop().install(), Path(cfg.output.path)
+    out = Path(cfg.output.path)
     with ExitStack() as stack:
         launch.together("layout", lambda: (sizes(cfg.parallel, launch.world), check_trackers(cfg.log.trackers)))
         device = launch.together("device", lambda: launch.device(cfg.run.device))
         log = stack.enter_context(launch.together("log", lambda: Log(out, launch.rank)))
         inputs = launch.together("inputs", lambda: read_inputs(cfg), leader_first=True)
         launch.connect(device)
-        mesh = Mesh.build(cfg.parallel, device)
+        mesh, stop = Mesh.build(cfg.parallel, device), Stop().install()
 
         # where the run stands: a step keeps its packs at any world size, so a checkpoint decides the accumulation
         resolved = to_toml(cfg)
@@ -339,6 +350,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         reporter, meters = Reporter(cfg, log, launch.rank, state["step"], total), Meters(mesh)
         stack.callback(reporter.close)
         early = EarlyStop(cfg.eval.patience, cfg.eval.min_delta, **state["early"]) if held_out else None
+        mfu_per_token_s = utilization(net, inputs.documents, mesh)
 
         net.train()
         for step in range(state["step"] + 1, total + 1) if not ended else ():
@@ -365,14 +377,10 @@ def run(cfg: RunConfig, launch: Launch) -> None:
             meters.add(units, tokens, time.monotonic() - begun)
             reporter.progress.step(step)
             if step % cfg.log.every == 0 or ended:
-                numbers = {
-                    "grad_norm": norm,
-                    "lr": lr,
-                    "tokens": state["tokens"],
-                    "epoch": step / stream.steps_per_epoch,
-                    "memory_gib": memory_gib(device),
-                }
-                reporter.record({"step": step, **meters.read(), **numbers})
+                numbers = meters.read() | {"grad_norm": norm, "lr": lr, "tokens": state["tokens"], "epoch": step / stream.steps_per_epoch}
+                if mfu_per_token_s:
+                    numbers["mfu"] = numbers["tokens_per_s"] * mfu_per_token_s
+                reporter.record({"step": step, **numbers, "memory_gib": memory_gib(device)})
             if held_out and (ended or (cfg.eval.every and step % cfg.eval.every == 0)):
                 batches = (held_out.take(s)[0] for s in range(1, held_out.steps_per_epoch + 1))
                 numbers = evaluate(net, batches, inputs.held_out.sources, mesh.sum_over_data, device)
@@ -385,11 +393,12 @@ def run(cfg: RunConfig, launch: Launch) -> None:
             if ended:
                 break
 
-        # a stop between checkpoints is saved too; the result is exported only when there is one
-        if not ended and state["step"]:
-            ckpt.save(state["step"], kept, state, {"cpu": torch.get_rng_state()})
-        ckpt.wait()
+        # a stop between checkpoints is saved too; only a run that ended has a result
+        last = ckpt.save(state["step"], kept, state, {"cpu": torch.get_rng_state()}) if state["step"] and not ended else None
+        last = ckpt.wait() or last
         if not ended:
+            if last is not None and last.path is None:
+                raise RuntimeError(f"stopped by request after step {state['step']}, but that is not saved: {last.problem}")
             return log(f"stopped by request after step {state['step']}; the same command resumes")
         export(cfg, inputs, net, log)
         if launch.rank == 0:
@@ -437,6 +446,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         return launch.report(error)
+    except KeyboardInterrupt:  # before there is anything to save; later a signal only asks (runtime/stop.py)
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

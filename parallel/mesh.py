@@ -97,6 +97,11 @@ class Mesh:
     def data_rank(self) -> int:
         return self.tokens["data"].get_local_rank()
 
+    @property
+    def size(self) -> int:
+        """All ranks."""
+        return self.tokens.size()
+
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of `values` over all ranks that hold different tokens, known to every rank; forward only. In place, and returned.
 
