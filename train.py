@@ -314,7 +314,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         device = launch.together("device", lambda: launch.device(cfg.run.device))
         log = stack.enter_context(launch.together("log", lambda: Log(out, launch.rank)))
         inputs = launch.together("inputs", lambda: read_inputs(cfg), leader_first=True)
-        launch.connect(device)
+        launch.connect(device, cfg.parallel.timeout_s)
         mesh, stop = Mesh.build(cfg.parallel, device), Stop().install()
 
         # where the run stands: a step keeps its packs at any world size, so a checkpoint decides the accumulation

@@ -35,15 +35,14 @@ class Agreed(UserError):
 class Launch:
     """This process among the ranks. Attributes: rank, world, local_rank, local_world, store."""
 
-    def __init__(self, timeout_s: float = 600.0):
+    def __init__(self):
         env = os.environ
         self.world = int(env.get("WORLD_SIZE", 1))
         self.rank = int(env.get("RANK", 0))
         self.local_rank = int(env.get("LOCAL_RANK", 0))
         self.local_world = int(env.get("LOCAL_WORLD_SIZE", self.world))
-        self.timeout = datetime.timedelta(seconds=timeout_s)
         if "MASTER_ADDR" in env and "WORLD_SIZE" in env:
-            self.store, _, _ = next(dist.rendezvous("env://", self.rank, self.world, timeout=self.timeout))
+            self.store, _, _ = next(dist.rendezvous("env://", self.rank, self.world))
         elif self.world == 1:
             self.store = dist.HashStore()
         else:
@@ -111,8 +110,8 @@ class Launch:
             )
         return torch.device("cuda", self.local_rank)
 
-    def connect(self, device: torch.device) -> None:
-        """Creates the process group: gloo for host tensors, and NCCL for CUDA ones."""
+    def connect(self, device: torch.device, timeout_s: float) -> None:
+        """Creates the process group: gloo for host tensors, and NCCL for CUDA ones. A collective waits `timeout_s` at most."""
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -121,7 +120,7 @@ class Launch:
             store=dist.PrefixStore(f"group/{self.attempt}", self.store),
             rank=self.rank,
             world_size=self.world,
-            timeout=self.timeout,
+            timeout=datetime.timedelta(seconds=timeout_s),
         )
 
     def report(self, error: UserError) -> int:
