@@ -51,7 +51,7 @@ class Counts:
     lost: int  # tokens of documents that were dropped, or cut off others
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Documents:
     """Documents of all sources, in order, each with its tokens and targets. Reading one reads it from disk.
 

@@ -152,6 +152,16 @@ def test_eos_that_closes_wins_over_other_special_tokens(tmp_path):
     assert shown(chat_for(tmp_path, template), TALK) == "<|user|>Hi<|assistant|>⟦Hello!<|end|></s>⟧<|user|>Sum?<|assistant|>⟦42<|end|></s>⟧"
 
 
+def test_what_closes_a_reply_wins_over_special_tokens_inside_it(tmp_path):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}{% for t in m.tool_calls %}"
+        "<|channel|>{{ t.function.name }}<|message|>{% endfor %}<|im_end|>{{ '\n' }}{% endfor %}"
+    )
+    messages = [{"role": "assistant", "content": "ok", "tool_calls": [{"function": {"name": "f"}}]}]
+    expected = "<|im_start|>assistant\n⟦ok<|channel|>f<|message|><|im_end|>⟧\n"
+    assert shown(chat_for(tmp_path, template), messages) == expected
+
+
 def test_generation_config_names_more_stops(tmp_path):
     template = (
         "{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|assistant|>' }}{{ m.content }}"

@@ -192,6 +192,28 @@ def test_masks_of_random_conversations(tmp_path, kind):
     assert 20 < fast < len(talks) - 20  # both ways of finding tokens were used
 
 
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_tokens_of_any_span(tmp_path, kind):
+    """Borders may lie anywhere, in the middle of tokens and of characters that are several tokens."""
+    from tests.data.test_chat import random_text
+
+    tokenizer, rng = tokenizer_for(tmp_path, kind=kind), random.Random(0)
+    straddling = 0
+    for _ in range(300):
+        text = rng.choice(CORPUS) + random_text(rng) + rng.choice(CORPUS)
+        borders = sorted(rng.sample(range(len(text) + 1), 2 * rng.randint(1, 20)))
+        spans = list(zip(borders[::2], borders[1::2]))
+        encoding = tokenizer.encode_batch([text])[0]
+        expected = []
+        for begin, end in spans:
+            over = [i for i, (a, b) in enumerate(encoding.offsets) if a < end and b > begin]
+            straddling += encoding.offsets[over[-1]][1] > end
+            expected.append((over[0], over[-1] + 1))
+        assert token_ranges_ref(encoding, spans) == expected
+        assert token_ranges(encoding, spans[:4], len(text)) == expected[:4]
+    assert straddling > 300
+
+
 def test_long_conversations_take_linear_time(tmp_path):
     tokenizer = tokenizer_for(tmp_path, "chatml")
     chat = Chat(tokenizer)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -99,6 +101,15 @@ def test_data(keys, message):
     with pytest.raises(ConfigError) as caught:
         DataConfig(**{"sources": (SourceConfig(**SOURCE),), "tokens": 512, **keys})
     assert str(caught.value).startswith(message)
+
+
+def test_configs_of_the_documentation(tmp_path):
+    page = Path(__file__).resolve().parents[2] / "docs" / "data.md"
+    blocks = re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        (tmp_path / "run.toml").write_text('[model]\npath = "m"\n[output]\npath = "o"\n' + block, encoding="utf-8")
+        assert load(preprocess.RunConfig, tmp_path / "run.toml").data.sources
 
 
 def test_every_key_survives_its_toml(tmp_path, config):

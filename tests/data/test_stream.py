@@ -96,7 +96,9 @@ def test_steps_do_not_depend_on_the_layout(tmp_path):
         ranks = [Stream(docs, 64, 64, seed=1, rank=r, size=size, accumulate=accumulate) for r in range(size)]
         plan = {}
         for step in steps:
-            batches = sorted((b for rank in ranks for b in rank.take(step)), key=lambda b: b.pack)
+            taken = {(i, r): b for r, rank in enumerate(ranks) for i, b in enumerate(rank.take(step))}
+            assert all(b.pack == ((step - 1) * accumulate + i) * size + r for (i, r), b in taken.items())
+            batches = sorted(taken.values(), key=lambda b: b.pack)
             assert [b.pack for b in batches] == list(range(4 * (step - 1), 4 * step))
             plan[step] = [ids_of(b) for b in batches]
         plans.append(plan)
