@@ -43,6 +43,14 @@ def missing_tensor_shard(root: Path) -> None:
     index("model-00001-of-00002.safetensors")(root)
 
 
+def change_template(template: str):
+    def write(root: Path) -> None:
+        path = root / "model" / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+
+    return write
+
+
 LONG = chat(("user", "hello " * 200), ("assistant", "yes " * 200))
 PRETRAINED = "--model.init=pretrained"
 CASES = {  # name: (what to break, arguments, what the line must say)
@@ -55,6 +63,9 @@ CASES = {  # name: (what to break, arguments, what the line must say)
     "malformed line": (row('{"messages": ['), [], ["data.jsonl:9"]),
     "missing field": (row('{"text": "x"}'), [], ["data.jsonl:9", "messages"]),
     "rejected role": (row(chat(("wizard", "x"), ("assistant", "y"))), [], ["data.jsonl:9", "wizard"]),
+    "template does not parse": (change_template("{% if messages %}"), [], ["template"]),
+    "template fails": (change_template("{{ messages[0].content + 1 }}"), [], ["data.jsonl:1", "template"]),
+    "no template": (change_template(""), [], ["template"]),
     "not utf-8": (lambda root: (root / "data.jsonl").open("ab").write(b'{"messages": "\xff"}\n'), [], ["data.jsonl:9"]),
     "over-long document": (row(LONG), ["--data.overflow=error"], ["data.jsonl:9", "128"]),
     "vocabulary": (lambda root: change_config(root, vocab_size=100), [], ["100"]),
