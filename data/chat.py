@@ -72,7 +72,7 @@ class Text(str):
     def __add__(self, other):
         if not isinstance(other, str):
             return NotImplemented
-        return Text(str.__add__(self, other), self.runs + _moved(other, len(self)))
+        return Text(str.__add__(self, other), self.runs + _moved(other, len(self)) if type(other) is Text else self.runs)
 
     def __radd__(self, other):
         return Text(str.__add__(other, self), _moved(self, len(other))) if isinstance(other, str) else NotImplemented

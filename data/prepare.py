@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from array import array
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -191,16 +192,18 @@ class _Surround:
             raise ModelError("the tokenizer has no eos_token to end documents with; name one in tokenizer_config.json")
         before = self._prefix if sample.bos else ()
         after = self._suffix if sample.eos else ()
-        ids = encoding.ids
-        tokens = np.array([*before, *ids, *after] if before or after else ids, np.uint32)
-        first = len(before)
+        ids = array("I", encoding.ids)  # several times faster than numpy at lists
+        if before or after:
+            ids = array("I", before) + ids + array("I", after)
+        tokens = np.frombuffer(ids, np.uint32)
+        first, last = len(before), len(tokens) - len(after)
         if sample.spans is None:
             tokens[first:] |= TRAINED
             return tokens
         for begin, end in token_ranges(encoding, sample.spans, len(sample.text)):
             tokens[first + begin : first + end] |= TRAINED
         if after and sample.spans and sample.spans[-1][1] == len(sample.text):
-            tokens[first + len(ids) :] |= TRAINED  # what ends a trained text is trained with it
+            tokens[last:] |= TRAINED  # what ends a trained text is trained with it
         return tokens
 
 

@@ -316,6 +316,8 @@ def test_nothing_to_read_and_nothing_to_learn(tmp_path):
     path = write_jsonl(tmp_path / "user.jsonl", [{"messages": turns("Hi")}] * 3)
     with pytest.raises(DataError, match=r"user.jsonl: nothing to train on: none of its 3 documents has a trained token"):
         make(tmp_path, tokenizer, source(path, "chat"))
+    with pytest.raises(DataError, match=r"user.jsonl:1: gives no tokens$"):
+        make(tmp_path, tokenizer_for(tmp_path / "silent", "{{ '' }}"), source(path, "chat"))
     long = write_jsonl(tmp_path / "long.jsonl", [{"text": "x y z " * 50}] * 2 + [{"messages": 1, "text": "x y z " * 60}])
     with pytest.raises(
         DataError, match=r"long.jsonl: nothing to train on: of its 3 documents, 0 have no trained token and 3 have more than 16"
