@@ -19,37 +19,70 @@ from model.norm import NORMS
 from model.rope import rotate
 
 
+class Borders:
+    """Where the documents lie in a row, on the device, and on the host where that costs nothing.
+
+    slots: T, how many there are.
+    cu: [N+1] int32, from 0 to T, the end repeated up to a fixed N.
+    longest: no document is longer.
+    host: `cu` as a list, once `read` was called.
+    """
+
+    def __init__(self, slots: int, cu: Tensor, longest: int):
+        self.slots, self.cu, self.longest = slots, cu, longest
+        self.host: list[int] = []
+
+    def read(self) -> None:
+        """On the CPU only: a GPU's borders would stop the host until all work before them is done."""
+        if not self.host:
+            self.host = self.cu.tolist()
+            longest = max(b - a for a, b in pairwise(self.host))
+            assert longest <= self.longest, f"a document of {longest} tokens under max_seqlen={self.longest}"  # CUDA relies on it
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """For each slot its document and how many slots of it follow, both [T]."""
+        slots = torch.arange(self.slots, device=self.cu.device, dtype=self.cu.dtype)
+        document = torch.searchsorted(self.cu[1:], slots, right=True)
+        return document, self.cu[1:][document] - slots
+
+
 class AttnContext:
     """What every block needs to know about one micro-batch; built once, handed down as one argument.
 
-    positions: [T] int32, restarting at 0 in each document.
-    cu_seqlens: [N+1] int32, document borders from 0 to T, the end repeated up to a fixed N.
-    max_seqlen: no document is longer.
+    queries, keys: the borders of documents among either. They are the same, but for a piece of a row (`cut`); there the queries
+        of a document are the last of its keys.
     rope: for each rope of the model (cos, sin), each [T, 1, head_dim].
 
     What else a backend needs it makes from these in `prepare`, before the blocks run: masks, once per kind, or the borders on
     the host.
     """
 
-    def __init__(self, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, rope: list[tuple[Tensor, Tensor]]):
-        self.positions, self.cu_seqlens, self.max_seqlen, self.rope = positions, cu_seqlens, max_seqlen, rope
-        self.masks: dict[Kind, Tensor] = {}  # [T, T] bool: may query row see key column
-        self.borders: list[int] = []  # cu_seqlens on the host
+    def __init__(self, queries: Borders, rope: list[tuple[Tensor, Tensor]], keys: Borders | None = None):
+        self.queries, self.keys, self.rope = queries, keys or queries, rope
+        self.masks: dict[Kind, Tensor] = {}  # [T, S] bool: may query row see key column
+        self.cuts: dict[tuple[int, int], AttnContext] = {}
+
+    def cut(self, begin: int, end: int) -> AttnContext:
+        """The context of the row's queries [begin, end), whose keys are the row's [0, end). Made once.
+
+        Documents outside keep their place and have no queries, so that shapes stay what they are.
+        """
+        if (begin, end) not in self.cuts:
+            cu, longest = self.queries.cu, self.queries.longest
+            queries = Borders(end - begin, (cu - begin).clamp(0, end - begin), min(longest, end - begin))
+            self.cuts[begin, end] = AttnContext(queries, self.rope, Borders(end, cu.clamp(max=end), min(longest, end)))
+        return self.cuts[begin, end]
 
     def make_mask(self, kind: Kind) -> None:
         if kind not in self.masks:
-            slots = torch.arange(self.positions.numel(), device=self.positions.device, dtype=self.cu_seqlens.dtype)
-            document = torch.searchsorted(self.cu_seqlens[1:], slots, right=True)
-            distance = self.positions[:, None] - self.positions[None, :]
-            seen = (document[:, None] == document[None, :]) & (distance >= 0)
+            (document, after), (key_document, key_after) = self.queries.places(), self.keys.places()
+            distance = key_after[None, :] - after[:, None]
+            seen = (document[:, None] == key_document[None, :]) & (distance >= 0)
             self.masks[kind] = seen & (distance < kind.size) if kind.name == "window" else seen
 
-    def make_borders(self) -> None:
-        """On the CPU only: a GPU's borders would stop the host until all work before them is done."""
-        if not self.borders:
-            self.borders = self.cu_seqlens.tolist()
-            longest = max(b - a for a, b in pairwise(self.borders))
-            assert longest <= self.max_seqlen, f"a document of {longest} tokens under max_seqlen={self.max_seqlen}"  # CUDA relies on it
+    def read_borders(self) -> None:
+        self.queries.read()
+        self.keys.read()
 
 
 class Backend(Protocol):
@@ -58,7 +91,7 @@ class Backend(Protocol):
     name: str
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, ctx: AttnContext, kind: Kind, scale: float) -> Tensor:
-        """q: [T, N, H]; k, v: [T, K, H] with N a multiple of K, head n using group n // (N / K) -> [T, N, H]."""
+        """q: [T, N, H]; k, v: [S, K, H] with N a multiple of K, head n using group n // (N / K) -> [T, N, H]."""
 
     def prepare(self, ctx: AttnContext, kind: Kind) -> None:
         """Makes in `ctx` what a call of this kind reads there. Outside the blocks, so that these compile as one graph."""

@@ -1,6 +1,6 @@
 """Attention backends: who computes softmax(q k^T) v over packed documents. The protocol is `Backend` in model/attention.py.
 
-    sdpa     torch's scaled_dot_product_attention with the [T, T] mask spelled out: any device and dtype, memory O(T^2).
+    sdpa     torch's scaled_dot_product_attention with the mask spelled out: any device and dtype, memory O(T^2).
              The reference.
     varlen   no mask: documents by their borders, memory O(T). CUDA: flash attention through torch.nn.attention.varlen.
              CPU: kernels/attention.py.
@@ -53,13 +53,14 @@ class Varlen:
         return f"it has no kernel for device {device.type}"
 
     def prepare(self, ctx: AttnContext, kind: Kind) -> None:
-        if ctx.cu_seqlens.device.type == "cpu":
-            ctx.make_borders()
+        if ctx.queries.cu.device.type == "cpu":
+            ctx.read_borders()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, ctx: AttnContext, kind: Kind, scale: float) -> Tensor:
+        queries, keys = ctx.queries, ctx.keys
         if q.is_cuda:
-            return varlen_cuda(q, k, v, ctx.cu_seqlens, ctx.max_seqlen, kind.size, scale)
-        return varlen_cpu(q, k, v, ctx.borders, kind.size, scale)
+            return varlen_cuda(q, k, v, queries.cu, queries.longest, kind.size, scale, keys.cu, keys.longest)
+        return varlen_cpu(q, k, v, queries.host, kind.size, scale, keys.host)
 
 
 SDPA, VARLEN = Sdpa(), Varlen()

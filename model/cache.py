@@ -105,7 +105,7 @@ class CachedBackend:
         return self.inner.unsupported(arch, device, dtype)
 
     def prepare(self, ctx: AttnContext, kind: Kind) -> None:
-        if ctx.max_seqlen > 1:
+        if ctx.queries.longest > 1:
             self.inner.prepare(ctx, kind)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, ctx: AttnContext, kind: Kind, scale: float) -> Tensor:
@@ -114,7 +114,7 @@ class CachedBackend:
         keys, values = cache.keys[self.layer], cache.values[self.layer]
         keys[cache.sequence, :, cache.position] = k
         values[cache.sequence, :, cache.position] = v
-        if ctx.max_seqlen > 1:
+        if ctx.queries.longest > 1:
             return self.inner(q, k, v, ctx, kind, scale)
         q, keys, values = q[:, :, None], keys[:, :, : cache.filled], values[:, :, : cache.filled]
         grouped = q.shape[1] != k.shape[1]

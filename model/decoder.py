@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model import families
 from model.arch import Arch
-from model.attention import AttnContext
+from model.attention import AttnContext, Borders
 from model.backends import choose
 from model.config import KernelsConfig
 from model.embed import Embedding
@@ -51,7 +51,8 @@ class Trunk(nn.Module):
 
     def forward(self, row: Row, dtype: torch.dtype) -> Tensor:
         """Hidden states after the final norm: [T, D] in `dtype`."""
-        ctx = AttnContext(row.positions, row.cu_seqlens, row.max_seqlen, self.rotary(row.positions, dtype))
+        borders = Borders(row.tokens.numel(), row.cu_seqlens, row.max_seqlen)
+        ctx = AttnContext(borders, self.rotary(row.positions, dtype))
         for block in self.layers:
             block.self_attn.backend.prepare(ctx, block.self_attn.kind)
         h = self.embed_tokens(row.tokens, dtype)

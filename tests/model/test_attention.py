@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import attention as kernel
 from model.arch import Arch, Kind
-from model.attention import AttnContext
+from model.attention import AttnContext, Borders
 from model.backends import BACKENDS, SDPA, VARLEN, choose
 from model.config import KernelsConfig
 from runtime.errors import ConfigError
@@ -94,7 +94,7 @@ def test_varlen_never_holds_a_square():
 
 def test_masks_are_made_once_and_follow_borders():
     positions = torch.cat([torch.arange(n) for n in (1, 8, 39, 13)]).int()
-    ctx = AttnContext(positions, torch.tensor(BORDERS, dtype=torch.int32), 39, [])
+    ctx = AttnContext(Borders(61, torch.tensor(BORDERS, dtype=torch.int32), 39), [])
     full, window = Kind(), Kind("window", 4)
     SDPA.prepare(ctx, full)
     made = ctx.masks[full]
@@ -105,7 +105,7 @@ def test_masks_are_made_once_and_follow_borders():
     assert ctx.masks[window].sum(1).tolist() == (positions + 1).clamp(max=4).tolist()
     assert not (ctx.masks[window] & ~made).any()
     VARLEN.prepare(ctx, full)
-    assert ctx.borders == BORDERS
+    assert ctx.queries.host == ctx.keys.host == BORDERS
 
 
 @pytest.mark.parametrize("name", GOLDEN)
