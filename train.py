@@ -206,7 +206,7 @@ def assemble(cfg: RunConfig, arch: Arch, mesh: Mesh) -> tuple[Decoder, list[str]
     if cfg.lora is not None:
         report.append(apply_lora(net, cfg.lora))
     report.append(apply_trainable(net, cfg.lora, compute, masters))
-    parallelize(net, mesh, cfg.recompute, compute)
+    parallelize(net, mesh, cfg.recompute, compute, cfg.parallel.context_method)
     return net, report
 
 
@@ -300,6 +300,8 @@ def run(cfg: RunConfig, launch: Launch) -> None:
     from optim.adamw import set_lr, state_tensors
     from optim.clip import clip
     from optim.schedule import factor
+    from parallel.apply import check
+    from parallel.context import split
     from parallel.fsdp import last_backward
     from parallel.mesh import Mesh, sizes
     from runtime.checkpoint import Checkpointer
@@ -310,10 +312,11 @@ def run(cfg: RunConfig, launch: Launch) -> None:
     # before the process group: what the user can fix, and work on the host
     out = Path(cfg.output.path)
     with ExitStack() as stack:
-        launch.together("layout", lambda: (sizes(cfg.parallel, launch.world), check_trackers(cfg.log.trackers)))
+        axes, _ = launch.together("layout", lambda: (sizes(cfg.parallel, launch.world), check_trackers(cfg.log.trackers)))
         device = launch.together("device", lambda: launch.device(cfg.run.device))
         log = stack.enter_context(launch.together("log", lambda: Log(out, launch.rank)))
         inputs = launch.together("inputs", lambda: read_inputs(cfg), leader_first=True)
+        launch.together("shares", lambda: check(cfg.parallel, axes, inputs.arch, cfg.data.tokens, cfg.lora))
         launch.connect(device, cfg.parallel.timeout_s)
         mesh, stop = Mesh.build(cfg.parallel, device), Stop().install()
 
@@ -354,7 +357,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
 
         net.train()
         for step in range(state["step"] + 1, total + 1) if not ended else ():
-            begun, micro = time.monotonic(), stream.take(step)
+            begun, micro = time.monotonic(), [split(batch, mesh) for batch in stream.take(step)]
             counts = torch.tensor([sum(map(lm.count, micro)), sum(batch.filled for batch in micro), stop.requested is not None])
             units, tokens, stopping = mesh.sum_over_data(counts).tolist()
             if stopping:
@@ -382,7 +385,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
                     numbers["mfu"] = numbers["tokens_per_s"] * mfu_per_token_s
                 reporter.record({"step": step, **numbers, "memory_gib": memory_gib(device)})
             if held_out and (ended or (cfg.eval.every and step % cfg.eval.every == 0)):
-                batches = (held_out.take(s)[0] for s in range(1, held_out.steps_per_epoch + 1))
+                batches = (split(held_out.take(s)[0], mesh) for s in range(1, held_out.steps_per_epoch + 1))
                 numbers = evaluate(net, batches, inputs.held_out.sources, mesh.sum_over_data, device)
                 reporter.record({"step": step, **numbers})
                 state |= {"ended": early.update(numbers["eval_loss"]), "early": early.state()}

@@ -24,11 +24,18 @@ class Batch:
     max_seqlen: int  # constant for the run: no document is longer
     pack: int = 0  # number of this pack in the run's plan; the same at any world size (dropout derives from it)
     filled: int = 0  # slots that hold documents; those after them are padding
+    slots: Tensor | None = None  # [T] int32 numbers in the whole row of the slots that are here; None: all, in order
     group: dict[str, Tensor] = field(default_factory=dict)  # per-document fields, [N] each, e.g. "source" int64
 
     def to(self, device: torch.device | str) -> Batch:
-        move = {name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens", "labels", "positions", "cu_seqlens")}
+        names = ("tokens", "labels", "positions", "cu_seqlens", *(["slots"] if self.slots is not None else []))
+        move = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         return replace(self, **move, group={k: v.to(device, non_blocking=True) for k, v in self.group.items()})
+
+    def document(self) -> Tensor:
+        """[T] int64: the number in its row of the document that each slot belongs to."""
+        slots = torch.arange(self.tokens.numel(), device=self.tokens.device, dtype=torch.int32) if self.slots is None else self.slots
+        return torch.searchsorted(self.cu_seqlens[1:], slots, right=True)
 
     def learned(self) -> int:
         """Number of slots with a target: this micro-batch's share of the loss denominator."""

@@ -29,10 +29,8 @@ def loss(net: nn.Module, batch: Batch, units: float) -> Tensor:
 def by_source(net: nn.Module, batch: Batch, sources: int) -> Tensor:
     """[sources, 2] fp64: for each data source the summed loss and the number of learned tokens."""
     logp = net(batch)
-    slot = torch.arange(batch.tokens.numel(), device=logp.device, dtype=torch.int32)
-    document = torch.searchsorted(batch.cu_seqlens[1:], slot, right=True)
     learned = batch.labels >= 0
-    source = batch.group["source"][document.clamp(max=batch.group["source"].numel() - 1)].clamp(min=0)
+    source = batch.group["source"][batch.document().clamp(max=batch.group["source"].numel() - 1)].clamp(min=0)
     sums = torch.zeros(sources, 2, dtype=torch.float64, device=logp.device)
     sums[:, 0].index_add_(0, source[learned], -logp[learned].double())
     sums[:, 1].index_add_(0, source[learned], torch.ones_like(logp[learned], dtype=torch.float64))

@@ -16,6 +16,11 @@ class ParallelConfig:
     replicate: Annotated[int, "Copies of the weights, each on `shard` ranks (HSDP); shard = 1 only replicates."] = 1
     context: Annotated[int, "Ranks that share each row of tokens (context parallelism), for long documents."] = 1
     tensor: Annotated[int, "Ranks that share each matrix (tensor and sequence parallelism); keep them within a node."] = 1
+    context_method: Annotated[
+        Literal["auto", "allgather", "ulysses"],
+        "How context ranks attend to each other's tokens. allgather: keys and values of the row on each, any number of heads; "
+        "ulysses: exchange tokens for heads, equal work whatever the documents; auto: ulysses where key heads divide, else allgather.",
+    ] = "auto"
     timeout_s: Annotated[float, "Seconds a collective may wait for a missing rank before the run ends."] = 600.0
 
     def __post_init__(self):

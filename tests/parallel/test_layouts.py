@@ -1,7 +1,8 @@
 """Any layout gives the same loss and the same gradients.
 
-Sixteen ragged documents, cut over (token budget, accumulation, replicate, shard) in every way, against one row on one
-rank: the loss and every gradient to 1e-6 relative (fp32). Full fine-tuning and LoRA, with and without recomputation.
+Sixteen ragged documents, cut over (token budget, accumulation, replicate, shard, context, tensor) in every way, against one
+row on one rank: the loss and every gradient to 1e-6 relative (fp32; 1e-5 where context or tensor cut sums). Full fine-tuning
+and LoRA, with and without recomputation.
 
 The full cross (`-m slow`) runs every combination; the default run covers every pair of choices.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 from data.batch import IGNORE, Batch
 from model import build
 from model.arch import Arch
-from model.config import LoraConfig
+from model.config import KernelsConfig, LoraConfig
 from model.transforms.lora import apply_lora
 from model.transforms.trainable import apply_trainable
 from model.weights import initialize
@@ -27,6 +28,7 @@ from objective import lm
 from optim.clip import clip
 from parallel.apply import parallelize
 from parallel.config import ParallelConfig, RecomputeConfig
+from parallel.context import split
 from parallel.fsdp import last_backward
 from parallel.mesh import AXES, Mesh
 from tests.harness import run
@@ -75,15 +77,16 @@ def rows(budget: int, count: int) -> list[Batch]:
     return [pack(b, budget, i) for i, b in enumerate(bins)]
 
 
-def model(tmp: Path, mesh: Mesh | None, lora: bool, recompute: str, dropout: float = 0.0):
+def model(tmp: Path, mesh: Mesh | None, lora: bool, recompute: str, dropout: float = 0.0, context_method: str = "auto"):
     arch = Arch.from_folder(tmp)
     net = build(arch)
     cfg = LoraConfig(rank=4, dropout=dropout) if lora else None
     if cfg:
         apply_lora(net, cfg)
     apply_trainable(net, cfg, torch.float32, torch.float32)
+    net.use_kernels(KernelsConfig(), "cpu", torch.float32)
     if mesh is not None:
-        parallelize(net, mesh, RecomputeConfig(kind=recompute), torch.float32)
+        parallelize(net, mesh, RecomputeConfig(kind=recompute), torch.float32, context_method)
     net.to_empty(device="cpu")
     net.reset_buffers("cpu")
     initialize(net, 0)
@@ -144,10 +147,10 @@ def reference(folder: Path, lora: bool) -> tuple[float, dict[str, Tensor]]:
     return loss, found
 
 
-def rank_errors(rank, world, folder, axes, accumulate, budget, lora, recompute, want):
+def rank_errors(rank, world, folder, axes, accumulate, budget, lora, recompute, want, context_method="auto"):
     mesh = Mesh.build(ParallelConfig(**axes), torch.device("cpu"))
-    net = model(folder, mesh, lora, recompute)
-    micro = rows(budget, mesh.data_size * accumulate)[mesh.data_rank :: mesh.data_size]
+    net = model(folder, mesh, lora, recompute, context_method=context_method)
+    micro = [split(row, mesh) for row in rows(budget, mesh.data_size * accumulate)[mesh.data_rank :: mesh.data_size]]
     units = int(mesh.sum_over_data(torch.tensor(sum(map(lm.count, micro)))))
     loss = float(mesh.sum_over_data(torch.tensor(backward(net, micro, units), dtype=torch.float64)))
     found = grads(net)
@@ -170,11 +173,22 @@ CASES = [  # (replicate, shard, context, tensor), accumulate, budget, lora, reco
     ((2, 2, 1, 1), 3, 64, False, "none"),
     ((4, 1, 1, 1), 1, 96, False, "none"),
     ((4, 1, 1, 1), 2, 64, True, "full"),
+    ((1, 1, 1, 2), 1, 320, False, "none"),
+    ((2, 1, 1, 2), 1, 192, True, "full"),
+    ((1, 2, 1, 2), 2, 96, False, "full"),
+    ((1, 1, 2, 1), 2, 192, True, "none"),
+    ((1, 1, 4, 1), 1, 320, False, "full"),
+    ((1, 2, 2, 1), 1, 192, False, "none"),
+    ((2, 1, 2, 1), 2, 96, True, "full"),
+    ((1, 1, 2, 2), 2, 192, False, "none"),
+    ((1, 1, 2, 2), 1, 320, True, "full"),
 ]
 BUDGETS = {1: (320,), 2: (192, 320), 3: (128, 192), 4: (96, 128), 6: (64, 96), 8: (64,), 12: (64,)}
 CROSS = [
-    ((r, s, 1, 1), k, budget, lora, recompute)
+    ((r, s, c, t), k, budget, lora, recompute)
     for r, s in ((1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1))
+    for c, t in ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2))
+    if r * s * c * t <= 4
     for k in (1, 2, 3)
     for budget in BUDGETS[r * s * k]
     for lora in (False, True)
@@ -186,9 +200,10 @@ def check(folder, axes, accumulate, budget, lora, recompute):
     want = reference(folder, lora)
     named = dict(zip(AXES, axes))
     for loss, worst, norm in run(rank_errors, math.prod(axes), folder, named, accumulate, budget, lora, recompute, want):
-        assert loss < 1e-6
-        assert worst < 1e-6
-        assert norm < 1e-6
+        bound = 1e-6 if axes[2:] == (1, 1) else 1e-5  # sums over channels and keys are cut in another order there
+        assert loss < bound
+        assert worst < bound
+        assert norm < bound
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
