@@ -404,8 +404,13 @@ def main(argv: list[str]) -> int:
     for name in args.only:
         found[name] = _cell(name, "quick" if args.quick else "full")
         print(json.dumps({"cell": name, **found[name]}), flush=True)
-    command = "python -m benchmarks.cpu " + " ".join(argv)
-    facts = {"command": command.strip(), "date": date.today().isoformat(), "machine": _machine(), "versions": _versions()}
+    given = (["--quick"] if args.quick else []) + (["--only", *args.only] if len(args.only) < len(CELLS) else [])
+    facts = {
+        "command": " ".join(["python -m benchmarks.cpu", *given]),
+        "date": date.today().isoformat(),
+        "machine": _machine(),
+        "versions": _versions(),
+    }
     goals = [
         {
             "cell": g.cell,
