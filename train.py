@@ -206,7 +206,7 @@ def assemble(cfg: RunConfig, arch: Arch, mesh: Mesh) -> tuple[Decoder, list[str]
     if cfg.lora is not None:
         report.append(apply_lora(net, cfg.lora))
     report.append(apply_trainable(net, cfg.lora, compute, masters))
-    parallelize(net, mesh, cfg.recompute, compute, cfg.parallel.context_method)
+    report += parallelize(net, mesh, cfg.recompute, compute, cfg.parallel.context_method)
     return net, report
 
 

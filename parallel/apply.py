@@ -27,11 +27,14 @@ def check(cfg: ParallelConfig, axes: dict[str, int], arch: Arch, tokens: int, lo
         raise ConfigError(f"does not work with {' and '.join(shared)}; use lora.dropout=0", "lora.dropout", lora.dropout)
 
 
-def parallelize(net: nn.Module, mesh: Mesh, recompute_cfg: RecomputeConfig, compute: torch.dtype, context_method: str = "auto") -> None:
+def parallelize(
+    net: nn.Module, mesh: Mesh, recompute_cfg: RecomputeConfig, compute: torch.dtype, context_method: str = "auto"
+) -> list[str]:
     """Split rows and matrices, then recompute, then shard: FSDP2 shards what tensor parallelism left to a rank, and its hooks
-    must surround a block as a whole, recomputation included."""
+    must surround a block as a whole, recomputation included. Returns lines for the start-up report."""
     blocks = list(net.model.layers)
-    context.wrap(net, mesh, context_method)
+    report = context.wrap(net, mesh, context_method)
     tensor.split(net, mesh.weights["tensor"])
     recompute.apply(blocks, recompute_cfg)
     fsdp.shard(net, blocks, mesh, compute)
+    return report

@@ -71,16 +71,18 @@ def split(batch: Batch, mesh: Mesh) -> Batch:
     return replace(batch, **mine, filled=filled, slots=slots.int())
 
 
-def wrap(net: nn.Module, mesh: Mesh, method: str) -> None:
-    """Puts the exchange of context ranks around the backend of every attention. On a group of size 1 nothing happens."""
+def wrap(net: nn.Module, mesh: Mesh, method: str) -> list[str]:
+    """Puts the exchange of context ranks around the backend of every attention; says so in a line for the start-up report.
+    On a group of size 1 nothing happens."""
     size = mesh.axes["context"]
     if size == 1:
-        return
+        return []
     if method == "auto":
         method = "allgather" if net.arch.num_key_value_heads // mesh.axes["tensor"] % size else "ulysses"
     around = {"allgather": AllGather, "ulysses": Ulysses}[method]
     for block in net.model.layers:
         block.self_attn.backend = around(block.self_attn.backend, mesh.tokens["context"].get_group())
+    return [f"context: {size} ranks share a row, {method}"]
 
 
 def chunks_of(tokens: int, size: int, rank: int) -> list[tuple[int, int]]:
@@ -106,7 +108,7 @@ class Around:
 
     def __init__(self, inner: Backend, group: dist.ProcessGroup):
         self.inner, self.group, self.size, self.rank = inner, group, group.size(), group.rank()
-        self.name = f"{inner.name} in {type(self).__name__.lower()} over {self.size} context ranks"
+        self.name = f"{type(self).__name__.lower()} around {inner.name}"
 
     def unsupported(self, arch: Arch, device: torch.device, dtype: torch.dtype) -> str | None:
         return self.inner.unsupported(arch, device, dtype)

@@ -1,0 +1,297 @@
+"""Context parallelism: every slot on one rank, attention equal to the whole row's, models of every family equal to one rank's."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from data.batch import IGNORE, Batch
+from kernels import attention as kernel
+from model.arch import Arch, Kind
+from model.attention import AttnContext, Borders
+from model.backends import BACKENDS, SDPA, VARLEN
+from model.config import LoraConfig
+from objective import lm
+from objective.evaluate import evaluate
+from parallel import context
+from parallel.apply import check
+from parallel.config import ParallelConfig
+from parallel.mesh import AXES, Mesh, sizes
+from runtime.errors import ConfigError
+from runtime.metrics import read
+from tests import launch
+from tests.harness import run
+from tests.model.golden import GOLDEN, distance
+from tests.model.golden import write_config as write_golden
+from tests.parallel.test_layouts import VOCAB, documents, model, pack, rank_errors, reference, rows
+from tests.tiny import LLAMA, write_chats, write_config, write_model
+
+BORDERS = [0, 1, 1, 9, 45, 61, 64, 64, 64]  # 64 slots; chunks of 8 and of 16 cut through documents
+ROW = rows(320, 1)[0]
+
+
+# -- the split -------------------------------------------------------------------------------------------------------------
+
+
+def shares(rank: int, world: int) -> list:
+    mesh = Mesh.build(ParallelConfig(context=world), torch.device("cpu"))
+    mine = context.split(ROW, mesh)
+    names = ("slots", "tokens", "labels", "positions", "document")
+    return [*(getattr(mine, n).tolist() for n in names[:-1]), mine.document().tolist(), mine.filled, lm.count(mine), len(mine.cu_seqlens)]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_slot_is_on_one_rank_from_head_and_tail(world):
+    found = run(shares, world)
+    slots = torch.tensor([f[0] for f in found])
+    assert slots.flatten().sort()[0].tolist() == list(range(320))
+    assert torch.equal(slots.double().mean(1), torch.full((world,), 159.5, dtype=torch.float64))  # head and tail alike
+    for i, whole in enumerate((ROW.tokens, ROW.labels, ROW.positions, ROW.document()), 1):
+        assert [f[i] for f in found] == whole[slots.long()].tolist()
+    assert sum(f[-2] for f in found) == lm.count(ROW) > 100
+    assert all(f[-1] == len(ROW.cu_seqlens) for f in found)
+
+
+def filled(rank: int, world: int) -> list[int]:
+    mesh = Mesh.build(ParallelConfig(context=world), torch.device("cpu"))
+    return [context.split(replace(ROW, filled=n), mesh).filled for n in (0, 1, 100, 159, 320)]
+
+
+def test_padding_is_counted_where_it_lies():
+    assert [sum(counts) for counts in zip(*run(filled, 2))] == [0, 1, 100, 159, 320]
+
+
+def test_row_and_rank_order_are_each_others_inverse():
+    for size in (2, 3, 4):
+        x = torch.arange(size * 10)
+        held = [torch.cat([x[a:b] for a, b in context.chunks_of(size * 10, size, rank)]) for rank in range(size)]
+        assert torch.equal(context.in_row_order(torch.cat(held), size), x)
+        assert torch.equal(context.in_rank_order(x, size), torch.cat(held))
+
+
+# -- attention -------------------------------------------------------------------------------------------------------------
+
+
+def qkv(heads: int, kv_heads: int) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(64, n, 6, generator=g, dtype=torch.float64) for n in (heads, kv_heads, kv_heads, heads)]
+
+
+def whole_row(heads: int, kv_heads: int, window: int) -> list[torch.Tensor]:
+    """[out, dq, dk, dv] of the obvious twin."""
+    *leaves, grad = qkv(heads, kv_heads)
+    leaves = [x.requires_grad_() for x in leaves]
+    out = kernel.varlen_ref(*leaves, BORDERS, window, 0.3)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+@pytest.mark.parametrize("window", [0, 1, 3, 7, 1000])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tile", [256, 5])
+def test_a_piece_computes_its_rows_of_the_whole(monkeypatch, backend, window, tile):
+    """Queries [begin, end) against the keys before `end`: equal rows of the output, and gradients of only those rows."""
+    monkeypatch.setattr(kernel, "TILE", tile)
+    kind = Kind("window", window) if window else Kind()
+    row = AttnContext(Borders(64, torch.tensor(BORDERS, dtype=torch.int32), 40), [])
+    for begin, end in ((0, 16), (8, 16), (0, 64), (40, 48), (48, 64), (61, 62)):
+        q, k, v, grad = qkv(4, 2)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = kernel.varlen_ref(*leaves, BORDERS, window, 0.3)[begin:end]
+        expected = [out.detach(), *torch.autograd.grad(out, leaves, grad[begin:end])]
+        piece = row.cut(begin, end)
+        assert row.cut(begin, end) is piece
+        BACKENDS[backend].prepare(piece, kind)
+        out = BACKENDS[backend](q[begin:end], k[:end], v[:end], piece, kind, 0.3)
+        found = [out.detach(), *torch.autograd.grad(out, leaves, grad[begin:end])]
+        twin = kernel.varlen_ref(q[begin:end], k[:end], v[:end], piece.queries.cu.tolist(), window, 0.3, piece.keys.cu.tolist())
+        assert distance(twin, expected[0]) < 1e-13
+        assert min(x.norm() for x in (expected[0], expected[3])) > 0.5
+        for a, b in zip(found, expected):  # dq and dk vanish where a query sees one key
+            assert (a - b).norm() < 1e-13 * max(1.0, b.norm())
+
+
+def around(rank: int, world: int, cases: list[tuple]) -> list[float]:
+    """The wrapped backends on this rank's slots: the worst error of output and gradients over all cases."""
+    errors = []
+    slots = torch.cat([torch.arange(a, b) for a, b in context.chunks_of(64, world, rank)])
+    for method, inner, heads, kv_heads, window, expected in cases:
+        backend = method(inner, dist.group.WORLD)
+        kind = Kind("window", window) if window else Kind()
+        ctx = AttnContext(Borders(64 // world, torch.tensor(BORDERS, dtype=torch.int32), 40), [])
+        backend.prepare(ctx, kind)
+        *leaves, grad = (x[slots] for x in qkv(heads, kv_heads))
+        leaves = [x.requires_grad_() for x in leaves]
+        out = backend(*leaves, ctx, kind, 0.3)
+        found = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+        errors.append(max(distance(a, b[slots]) for a, b in zip(found, expected)))
+    return errors
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_method_around_every_backend(world):
+    cases = [
+        (method, inner, heads, kv_heads, window, whole_row(heads, kv_heads, window))
+        for method in (context.AllGather, context.Ulysses)
+        for inner in (SDPA, VARLEN)
+        for heads, kv_heads in ((4, 1), (4, 2), (4, 4), (12, 6), (6, 3))  # copied for ulysses: 1, 2 and 6 over 4 ranks
+        for window in (0, 5)
+        if method is context.AllGather or heads % world == 0
+    ]
+    assert len(cases) >= 36
+    for errors in run(around, world, cases):
+        assert max(errors) < 1e-12, dict(zip([c[:5] for c in cases], errors))
+
+
+# -- models ----------------------------------------------------------------------------------------------------------------
+
+
+def families(rank: int, world: int, axes: dict, jobs: list[tuple]) -> list[tuple]:
+    return [rank_errors(rank, world, folder, axes, *rest) for folder, *rest in jobs]
+
+
+LAYOUTS = [(1, 1, 2, 1), (1, 1, 4, 1), (1, 2, 2, 1), (2, 1, 2, 1), (1, 1, 2, 2)]
+FAMILIES = ("llama-biases-v5", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma3_text-cap-v5")
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory) -> dict[tuple[str, bool], tuple]:
+    """For each family, full and LoRA: its folder and what one rank computes."""
+    found = {}
+    for name in FAMILIES:
+        assert GOLDEN[name]["vocab_size"] == VOCAB
+        folder = write_golden(tmp_path_factory.mktemp("golden"), name, initializer_range=0.2)
+        found |= {(name, lora): (folder, reference(folder, lora)) for lora in (False, True)}
+    return found
+
+
+@pytest.mark.parametrize("axes", LAYOUTS, ids=str)
+def test_same_loss_and_gradients_for_every_family(golden, axes):
+    """Methods, accumulation, recomputation and full or LoRA take turns, so that every layout sees each of them."""
+    data, jobs = axes[0] * axes[1], []
+    for i, ((_, lora), (folder, want)) in enumerate(golden.items()):
+        accumulate, budget = ((1, 320 if data == 1 else 192), (2, 192 if data == 1 else 96))[i // 2 % 2]
+        method = ("allgather", "ulysses")[(i + i // 2 + LAYOUTS.index(axes)) % 2]
+        jobs.append((folder, accumulate, budget, lora, "full" if i % 3 else "none", want, method))
+    for errors in run(families, math.prod(axes), dict(zip(AXES, axes)), jobs):
+        for (folder, *what), (loss, worst, norm) in zip(jobs, errors):
+            assert max(loss, worst, norm) < 1e-5, (folder, what[:4], loss, worst, norm)
+
+
+def long_rows() -> list[Batch]:
+    """One document over nearly the whole row; then rows without a target on some rank, and without any."""
+    tokens = torch.randint(VOCAB, (250,), generator=torch.Generator().manual_seed(3))
+    labels = torch.cat([tokens[1:], torch.tensor([IGNORE])])
+    return [pack([(tokens, labels)], 256, 0), pack(documents()[:2], 256, 1), pack([], 256, 2)]
+
+
+def long_grads(rank: int, world: int, folder: Path, want: list, method: str) -> float:
+    mesh = Mesh.build(ParallelConfig(context=world), torch.device("cpu"))
+    net = model(folder, mesh, False, "none", context_method=method)
+    for row in long_rows():
+        lm.loss(net, context.split(row, mesh), 100.0).backward()
+    return max(distance(p.grad.full_tensor(), w) for p, w in zip(net.parameters(), want))
+
+
+@pytest.mark.parametrize("method", ["allgather", "ulysses"])
+def test_a_long_document_and_rows_that_are_padding(tmp_path, method):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": VOCAB, "initializer_range": 0.2}))
+    net = model(tmp_path, None, False, "none")
+    for row in long_rows():
+        lm.loss(net, row, 100.0).backward()
+    assert max(run(long_grads, 4, tmp_path, [p.grad for p in net.parameters()], method)) < 1e-5
+
+
+def losses(rank: int, world: int, folder: Path, axes: dict) -> dict:
+    mesh = Mesh.build(ParallelConfig(**axes), torch.device("cpu"))
+    net = model(folder, mesh, False, "none")
+    batches = [replace(row, group={"source": torch.arange(24) % 3}) for row in rows(192, 2)]
+    mine = [context.split(row, mesh) for row in batches[mesh.data_rank :: mesh.data_size]]
+    return evaluate(net, mine, ("a", "b", "c"), mesh.sum_over_data, mesh.device)
+
+
+def test_evaluation_is_the_same_by_source(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": VOCAB, "initializer_range": 0.2}))
+    (want,) = run(losses, 1, tmp_path, {})
+    assert len({round(x, 3) for x in want["eval_sources"].values()}) == 3
+    for axes in ({"context": 4}, {"context": 2, "tensor": 2}, {"context": 2, "shard": 2}):
+        for found in run(losses, 4, tmp_path, axes):
+            assert found["eval_tokens"] == want["eval_tokens"]
+            assert found["eval_loss"] == pytest.approx(want["eval_loss"], rel=1e-6)
+            assert found["eval_sources"] == pytest.approx(want["eval_sources"], rel=1e-6)
+
+
+def test_a_run_sees_the_same_packs_and_counts(tmp_path):
+    """train.py on one rank, and on four that share each row: the records are the same."""
+    folder, data = write_model(tmp_path / "model"), write_chats(tmp_path / "data.jsonl", 60)
+    records = []
+    for world, layout in ((1, ""), (4, "[parallel]\ncontext = 2\ntensor = 2\n")):
+        out = tmp_path / f"out{world}"
+        extra = f"[train]\nsteps = 4\naccumulate = 2\n[eval]\nsplit = 8\n[optim]\nlr = 3e-3\n[log]\nevery = 1\n{layout}"
+        config = write_config(tmp_path / f"{world}.toml", folder, data, out, extra)
+        ranks = launch.run(["--config", str(config)], world, tmp_path / f"logs{world}")
+        assert ranks.wait() == [0] * world, ranks.output()
+        records.append([r for r in read(out / "metrics.jsonl") if "loss" in r or "eval_loss" in r])
+    assert len(records[0]) == len(records[1]) == 5
+    for one, four in zip(*records):
+        for key in {"step", "tokens", "epoch", "lr", "eval_tokens"} & one.keys():
+            assert one[key] == four[key]
+        for key in {"loss", "grad_norm", "eval_loss"} & one.keys():
+            assert four[key] == pytest.approx(one[key], rel=1e-4)
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------------
+
+
+def arch(folder: Path, **changes: object) -> Arch:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": VOCAB} | changes))
+    return Arch.from_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "layout,tokens,message",
+    [
+        ({"context": 4}, 100, "data.tokens=100 does not divide into 2 x parallel.context=4 chunks; use data.tokens=96"),
+        ({"context": 4}, 3, "data.tokens=3 .*use data.tokens=8"),
+        ({"context": 2, "tensor": 2}, 98, "data.tokens=98 .*use data.tokens=96"),
+        (
+            {"context": 8, "context_method": "ulysses"},
+            128,
+            r"parallel.context=8 of ulysses does not divide the 4 attention heads \(tiny\); "
+            "use parallel.context=4 or parallel.context_method=allgather",
+        ),
+        (
+            {"context": 4, "tensor": 2, "context_method": "ulysses"},
+            128,
+            "parallel.context=4 of ulysses does not divide the 2 attention heads of each of 2 tensor ranks .*use parallel.context=2 or",
+        ),
+        ({"tensor": 4}, 128, "parallel.tensor=4 does not divide num_key_value_heads=2"),
+    ],
+)
+def test_layouts_that_cannot_share_are_refused(tmp_path, layout, tokens, message):
+    cfg = ParallelConfig(**layout)
+    axes = sizes(cfg, cfg.context * cfg.tensor)
+    with pytest.raises(ConfigError, match=message):
+        check(cfg, axes, arch(tmp_path / "tiny"), tokens, None)
+
+
+def test_what_works_is_not_refused(tmp_path):
+    tiny = arch(tmp_path / "tiny")
+    for layout in ({}, {"context": 8}, {"context": 4, "context_method": "ulysses"}, {"context": 2, "tensor": 2}):
+        cfg = ParallelConfig(**layout)
+        check(cfg, sizes(cfg, cfg.context * cfg.tensor), tiny, 128, LoraConfig())
+    check(ParallelConfig(), sizes(ParallelConfig(), 4), tiny, 101, LoraConfig(dropout=0.1))
+
+
+def test_dropout_is_refused_where_ranks_share_a_row(tmp_path):
+    cfg = ParallelConfig(context=2, tensor=2)
+    with pytest.raises(
+        ConfigError, match=r"lora.dropout=0.1 does not work with parallel.context=2 and parallel.tensor=2; use lora.dropout=0"
+    ):
+        check(cfg, sizes(cfg, 4), arch(tmp_path / "tiny"), 128, LoraConfig(dropout=0.1))
