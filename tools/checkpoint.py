@@ -18,7 +18,8 @@ from pathlib import Path
 
 from runtime.checkpoint import store
 from runtime.checkpoint.store import Damaged, Store, size_text
-from runtime.errors import ModelError, UserError
+from runtime.errors import ModelError
+from tools import command
 
 
 def ls(run: Store) -> int:
@@ -91,21 +92,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     run = Store(args.run)
-    try:
-        if not run.folder.is_dir():
-            raise ModelError("holds no checkpoints folder; name the output folder of a run", args.run)
-        if args.command == "ls":
-            return ls(run)
-        paths = _paths(run, args.steps)
-        if args.command == "verify":
-            return verify(run, paths or run.steps())
-        return rm(run, paths, args.force) if args.command == "rm" else pin(run, paths, not args.off)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.exit_code
+    if not run.folder.is_dir():
+        raise ModelError("holds no checkpoints folder; name the output folder of a run", args.run)
+    if args.command == "ls":
+        return ls(run)
+    paths = _paths(run, args.steps)
+    if args.command == "verify":
+        return verify(run, paths or run.steps())
+    return rm(run, paths, args.force) if args.command == "rm" else pin(run, paths, not args.off)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.errors import ConfigError, ModelError, UserError
+from runtime.errors import ConfigError, ModelError
+from tools import command
 
 if TYPE_CHECKING:
     from model.decoder import Decoder
@@ -136,14 +137,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str]) -> int:
+@command
+def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
-    try:
-        run(args)
-        return 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.exit_code
+    run(args)
 
 
 if __name__ == "__main__":

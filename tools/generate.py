@@ -18,7 +18,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.errors import ConfigError, DataError, UserError
+from runtime.errors import ConfigError, DataError
+from tools import command
 
 if TYPE_CHECKING:
     import torch
@@ -228,14 +229,10 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(row | {"completion": text}, ensure_ascii=False) if args.file else text, flush=True)
 
 
-def main(argv: Sequence[str]) -> int:
+@command
+def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
-    try:
-        run(args)
-        return 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.exit_code
+    run(args)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.errors import ModelError, UserError
+from runtime.errors import ModelError
+from tools import command
 
 
 def run(adapter: Path, base: str | None, out: Path, dtype: str, overwrite: bool) -> None:
@@ -46,14 +47,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str]) -> int:
+@command
+def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
-    try:
-        run(args.adapter, args.base, args.out, args.dtype, args.overwrite)
-        return 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.exit_code
+    run(args.adapter, args.base, args.out, args.dtype, args.overwrite)
 
 
 if __name__ == "__main__":

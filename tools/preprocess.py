@@ -13,7 +13,8 @@ import argparse
 import sys
 
 from runtime.config import parse_args
-from runtime.errors import ConfigError, UserError
+from runtime.errors import ConfigError
+from tools import command
 from train import RunConfig, read_inputs
 
 ABOUT = (
@@ -35,19 +36,15 @@ def run(cfg: RunConfig, show: int) -> None:
         print(stream.preview(inputs.tokenizer, documents=show))
 
 
-def main(argv: list[str]) -> int:
+@command
+def main(argv: list[str]) -> None:
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--show", default="4")
-    try:
-        args, rest = options.parse_known_args(argv)
-        cfg = parse_args(RunConfig, rest, prog="python -m tools.preprocess [--show N]", about=ABOUT)
-        if not args.show.isdecimal():
-            raise ConfigError("must be a number of documents", "--show", args.show)
-        run(cfg, int(args.show))
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    args, rest = options.parse_known_args(argv)
+    cfg = parse_args(RunConfig, rest, prog="python -m tools.preprocess [--show N]", about=ABOUT)
+    if not args.show.isdecimal():
+        raise ConfigError("must be a number of documents", "--show", args.show)
+    run(cfg, int(args.show))
 
 
 if __name__ == "__main__":
