@@ -425,12 +425,12 @@ def export(cfg: RunConfig, inputs: Inputs, net: Decoder, log: Log) -> None:
     out = Path(cfg.output.path) / "export"
     if cfg.lora is not None and not cfg.output.merge:
         export_adapter(net, out, cfg.lora, cfg.model.path, tokenizer=inputs.folder, overwrite=True)
-        use = f"python -m tools.generate --model {cfg.model.path} --adapter {out}"
+        use = f"--model {cfg.model.path} --adapter {out}" if cfg.model.init == "pretrained" else ""
     else:
         dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.output.dtype]
         export_full(net, out, inputs.folder, dtype=dtype, overwrite=True)
-        use = f"python -m tools.generate --model {out}"
-    log(f"exported to {out}, read back and compared\ntry it: {use} --chat 'Hello'")
+        use = f"--model {out}"
+    log(f"exported to {out}, read back and compared" + (f"\ntry it: python -m tools.generate {use} --chat 'Hello'" if use else ""))
 
 
 def main(argv: list[str] | None = None) -> int:

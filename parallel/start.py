@@ -110,7 +110,7 @@ class Launch:
             )
         return torch.device("cuda", self.local_rank)
 
-    def connect(self, device: torch.device, timeout_s: float) -> None:
+    def connect(self, device: torch.device, timeout_s: float = 600.0) -> None:
         """Creates the process group: gloo for host tensors, and NCCL for CUDA ones. A collective waits `timeout_s` at most."""
         if device.type == "cuda":
             torch.cuda.set_device(device)

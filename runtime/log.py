@@ -26,7 +26,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from runtime.errors import UserError, redact
+from runtime.errors import ConfigError, UserError, redact
 
 REDRAW_S = 0.1
 CLEAR = "\r\x1b[K"  # to the start of the line, and erase it
@@ -50,8 +50,11 @@ class Log:
         self._unfinished = ""  # of stderr: a line without its end
         self._lock = threading.RLock()  # trackers and checkpoint writers speak from their threads
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab", buffering=0)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("ab", buffering=0)
+            except OSError as error:
+                raise ConfigError(f"cannot be written to ({error.strerror}: {error.filename})", "output.path", str(folder)) from None
             self._to_file(f"-- {time.strftime('%Y-%m-%d')} rank {rank} pid {os.getpid()}")
 
     def __call__(self, message: str) -> None:

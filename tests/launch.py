@@ -74,6 +74,7 @@ class Ranks:
 def start(argv: Sequence[str], world: int, logs: Path) -> Ranks:
     """Forks `world` ranks that run `train.main(argv)`."""
     import torch
+    import torch._dynamo  # FSDP2 imports it; better once here than in every rank
 
     import train
 

@@ -77,6 +77,7 @@ CASES = {  # name: (what to break, arguments, what the line must say)
     "wrong shapes": (lambda root: change_config(root, intermediate_size=48), [PRETRAINED], ["gate_proj", "64", "48"]),
     "target matches nothing": (None, ["--lora.rank=4", '--lora.targets=["q_porj"]'], ["q_porj", "q_proj"]),
     "world size": (None, ["--parallel.replicate=3"], ["replicate=3", "2"]),
+    "output is a file": (lambda root: (root / "out").write_text(""), [], ["output.path"]),
     "no model": (None, ["--model.path=/does/not/exist"], ["/does/not/exist"]),
 }
 
