@@ -315,7 +315,7 @@ def test_background_saves_hold_the_moment_of_the_call(folder):
         published, slow = [], store.CountedFile.close
 
         def close(self):
-            time.sleep(0.03 * (1 + rank))
+            time.sleep(0.1 * (1 + rank))
             slow(self)
 
         store.CountedFile.close = close
@@ -323,11 +323,9 @@ def test_background_saves_hold_the_moment_of_the_call(folder):
         polls = []
         for step in (1, 2):
             tensors = spread(whole(step), "fsdp2")
-            start = time.monotonic()
             assert ckpt.save(step, tensors, {"position": step}, {}) is None
             if step == 1:
-                assert time.monotonic() - start < 0.05
-                assert ckpt.poll() is None
+                assert ckpt.poll() is None  # it is still being written
             for t in tensors.values():
                 t.fill_(-1)
             published.append(ckpt.store.path(step - 1).exists())
