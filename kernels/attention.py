@@ -155,7 +155,7 @@ class _Calls:
     def __init__(self, q: Tensor, k: Tensor, borders: list[int], key_borders: list[int], window: int):
         self.kv_heads, self.group = k.shape[1], q.shape[1] // k.shape[1]
         self.tiles = list(_tiles(borders, key_borders, window))
-        most = max((t.k1 - t.k0 for t in self.tiles if t.banded), default=0)
+        most = max([0, *(t.k1 - t.k0 for t in self.tiles if t.banded)])
         self.band = _band(most, window, q) if most else None
 
     def queries(self, x: Tensor, t: _Tile) -> Tensor:

@@ -207,6 +207,27 @@ def test_a_long_document_and_rows_that_are_padding(tmp_path, method):
     assert max(run(long_grads, 4, tmp_path, [p.grad for p in net.parameters()], method)) < 1e-5
 
 
+def compiled(rank: int, world: int, folder: Path, method: str) -> tuple[bool, int]:
+    """Are gradients over two packings bit for bit those without compilation, and how many graphs did that take?"""
+    mesh, found = Mesh.build(ParallelConfig(context=world), torch.device("cpu")), []
+    for graphs in (False, True):
+        net = model(folder, mesh, False, "none", context_method=method)
+        for block in net.model.layers:
+            block.self_attn.backend.inner = SDPA
+            if graphs:
+                block.compile(fullgraph=True, backend="eager")
+        for row in rows(192, 2):
+            lm.loss(net, context.split(row, mesh), 100.0).backward()
+        found.append([p.grad.full_tensor() for p in net.parameters()])
+    return all(torch.equal(a, b) for a, b in zip(*found)), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("method", ["allgather", "ulysses"])
+def test_blocks_compile_as_one_graph_for_all_packings(tmp_path, method):
+    folder = write_golden(tmp_path, "gemma3_text", initializer_range=0.2)
+    assert run(compiled, 2, folder, method) == [(True, 2)] * 2  # one for each kind of attention
+
+
 def losses(rank: int, world: int, folder: Path, axes: dict) -> dict:
     mesh = Mesh.build(ParallelConfig(**axes), torch.device("cpu"))
     net = model(folder, mesh, False, "none")
