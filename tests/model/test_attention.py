@@ -192,3 +192,21 @@ def test_varlen_cuda_equals_the_reference(window):
     leaves = [x.cuda().requires_grad_() for x in (q, k, v)]
     for a, b in zip(run(kernel.varlen_cuda, *leaves, grad.cuda(), cu, 39, window, 0.3), expected):
         assert distance(a.cpu(), b) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [0, 5])
+def test_varlen_cuda_of_a_piece_equals_the_reference(window):
+    """Fewer queries than keys; documents before the piece have keys and no queries."""
+    borders, (begin, end) = [0, 1, 9, 48, 61, 61], (24, 52)
+    row = AttnContext(Borders(61, torch.tensor(borders, dtype=torch.int32), 39), [])
+    piece = row.cut(begin, end)
+    q, k, v, grad = (x.detach() for x in inputs(4, 2, torch.bfloat16, borders, size=16))
+    q, k, v, grad = q[begin:end], k[:end], v[:end], grad[begin:end]
+    host = (piece.queries.cu.tolist(), window, 0.3, piece.keys.cu.tolist())
+    expected = run(kernel.varlen_ref, *(x.double().requires_grad_() for x in (q, k, v)), grad.double(), *host)
+    leaves = [x.cuda().requires_grad_() for x in (q, k, v)]
+    device = (piece.queries.cu.cuda(), piece.queries.longest, window, 0.3, piece.keys.cu.cuda(), piece.keys.longest)
+    for a, b in zip(run(kernel.varlen_cuda, *leaves, grad.cuda(), *device), expected):
+        assert distance(a.cpu(), b) < 1e-2
