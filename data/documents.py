@@ -130,6 +130,9 @@ class Documents:
 
         A whole weight takes every document so often. What is left over, a fraction, is that share of the documents, chosen
         anew each epoch by (seed, epoch). Pieces of one document are taken together.
+
+        Raises:
+            DataError: a weight is so small that it takes no document of its source.
         """
         taken = []
         for s, origin in enumerate(self.origins):
@@ -139,6 +142,9 @@ class Documents:
             taken += [own] * int(times)
             if part:
                 taken.append(own[self._chosen(s, lambda n, part=part: round(part * n), "take", self.seed, epoch)])
+            if len(own) and not times and not len(taken[-1]):
+                documents = int(self._heads(s).sum())
+                raise DataError(f"weight {origin.weight:g} takes none of its {documents:,} documents in an epoch; raise it", origin.path)
         return np.concatenate(taken)
 
     def split(self, size: float, seed: int) -> tuple[Documents, Documents]:

@@ -450,6 +450,11 @@ def test_weights(tmp_path):
     assert len(held.take(0)) == len(held) and len(train.take(0)) != len(train)
 
 
+def test_a_weight_that_takes_nothing_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"weight 0\.4 takes none of its 1 documents"):
+        mixed(tmp_path, one=0.4).take(0)
+
+
 def test_names_of_sources(tmp_path):
     tokenizer = tokenizer_for(tmp_path)
     path = write_jsonl(tmp_path / "talk/a.jsonl", [{"text": "x"}])
