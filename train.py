@@ -348,6 +348,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
 
         if launch.rank == 0:
             (out / "resolved.toml").write_text(resolved, encoding="utf-8")
+            (out / "result.json").unlink(missing_ok=True)  # an export that lies there is of an earlier run
         for line in (mesh.describe(), *report, inputs.documents.report(), stream.report(), stream.preview(inputs.tokenizer)):
             log(line)
         reporter, meters = Reporter(cfg, log, launch.rank, state["step"], total), Meters(mesh)
@@ -410,6 +411,8 @@ def run(cfg: RunConfig, launch: Launch) -> None:
 
 def exported_at(out: Path) -> int | None:
     """The step whose result lies in the export folder, None if there is none."""
+    if not (out / "export").is_dir():
+        return None
     try:
         return json.loads((out / "result.json").read_text(encoding="utf-8"))["step"]
     except (OSError, ValueError, KeyError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import train
 from runtime.config import load, to_toml
 from runtime.metrics import read
 from tests import launch
@@ -95,6 +97,22 @@ def test_a_signal_to_one_rank_saves_and_the_same_command_resumes(make, number):
     ok(argv, 2, out)
     assert weights(out) == weights(calm)
     assert [r["loss"] for r in read(out / "metrics.jsonl")] == [r["loss"] for r in read(calm / "metrics.jsonl")]
+
+
+def test_an_export_of_an_earlier_run_is_no_result(make, monkeypatch):
+    argv, out = make("[train]\nsteps = 2\n")
+    ok(argv, 1, out)
+    earlier = weights(out)
+    argv.append("--train.seed=1")
+    with monkeypatch.context() as patch:  # ends between the last checkpoint and the export
+        patch.setattr(train, "export", lambda *_: 1 / 0)
+        assert launch.run([*argv, "--checkpoint.resume=never"], 1, out / "out").wait() == [1]
+    ok(argv, 1, out)
+    result = weights(out)
+    assert result != earlier
+    shutil.rmtree(out / "export")
+    ok(argv, 1, out)
+    assert weights(out) == result
 
 
 def test_early_stopping_ends_the_run_and_exports(make):
