@@ -360,7 +360,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         for step in range(state["step"] + 1, total + 1) if not ended else ():
             begun, micro = time.monotonic(), [split(batch, mesh) for batch in stream.take(step)]
             counts = torch.tensor([sum(map(lm.count, micro)), sum(batch.filled for batch in micro), stop.requested is not None])
-            units, tokens, stopping = mesh.sum_over_data(counts).tolist()
+            units, tokens, stopping = mesh.sum_over_data(counts, votes=1).tolist()
             if stopping:
                 break
             for i, batch in enumerate(micro):

@@ -102,13 +102,14 @@ class Mesh:
         """All ranks."""
         return self.tokens.size()
 
-    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+    def sum_over_data(self, values: torch.Tensor, votes: int = 0) -> torch.Tensor:
         """Sum of `values` over all ranks that hold different tokens, known to every rank; forward only. In place, and returned.
 
-        Tensor-parallel ranks hold the same tokens: one of them counts.
+        Tensor-parallel ranks hold the same tokens: one of them counts. But the last `votes` values are of ranks, not of
+        tokens, and count from each.
         """
         if self.tokens["tensor"].get_local_rank() > 0:
-            values.zero_()
+            (values[:-votes] if votes else values).zero_()
         dist.all_reduce(values)
         return values
 

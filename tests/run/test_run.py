@@ -78,9 +78,9 @@ def test_resolved_config_repeats_the_run_to_the_bit(make, tmp_path):
     assert weights(out) == weights(tmp_path / "again")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_rank_saves_and_the_same_command_resumes(make, number):
-    extra = "[train]\nsteps = 40\n[log]\nevery = 1\n[checkpoint]\nevery = 0\nasync = true\n"
+@pytest.mark.parametrize("number, layout", [(signal.SIGTERM, ""), (signal.SIGINT, ""), (signal.SIGTERM, "[parallel]\ntensor = 2\n")])
+def test_a_signal_to_one_rank_saves_and_the_same_command_resumes(make, number, layout):
+    extra = "[train]\nsteps = 40\n[log]\nevery = 1\n[checkpoint]\nevery = 0\nasync = true\n" + layout
     argv, calm = make(extra, "calm")
     ok(argv, 2, calm)
     argv, out = make(extra, "signalled")
