@@ -163,3 +163,19 @@ def test_what_does_not_fit_is_told_what_to_change(monkeypatch, capsys):
     words = ["--config", "train_configs/llama3.1-8b-full.toml", "--arch", "train_configs/arch/llama3-8b", "--world", "1"]
     assert plan.main([*words, "--recompute.kind=none", "--gpu", "rtx4090"]) == 0
     assert "does not fit rtx4090" in (said := capsys.readouterr().out) and "recompute.kind" in said
+
+
+def test_suggested_layouts_fit_and_can_be_planned(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    words = ["--config", str(FULL), "--world", "8"]
+    assert plan.main([*words, "--suggest"]) == 0
+    first, *lines = capsys.readouterr().out.strip().split("\n")
+    assert first.startswith("layouts of 8 ranks that fit h200") and len(lines) == 3
+    traffic = [float(line.split("receives ")[1].split()[0]) for line in lines]
+    assert traffic == sorted(traffic)
+    for line in lines:
+        assert plan.main([*words, *(word for word in line.split() if word.startswith("--"))]) == 0
+        assert "\nfits h200" in capsys.readouterr().out
+    big = ["--arch", "train_configs/arch/llama3-405b", "--config", "train_configs/llama3.1-8b-full.toml", "--world", "2"]
+    assert plan.main([*big, "--suggest"]) == 0
+    assert capsys.readouterr().out == "no layout of 2 ranks fits h200\n"

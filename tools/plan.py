@@ -1,6 +1,6 @@
 """What a config needs of each GPU, at any number of ranks, without GPUs, weights or data.
 
-    python -m tools.plan --config FILE.toml --world N [--gpu h200] [--arch FOLDER] [--section.key=value ...]
+    python -m tools.plan --config FILE.toml --world N [--gpu h200] [--arch FOLDER] [--suggest] [--section.key=value ...]
 
 A fake process group of that size lets `train.assemble` build and shard the model on meta as rank 0 of the run does. Layers are
 alike, so 2 and 3 of them are built and the rest follows on the line through both. Bytes of parameters are those of the local
@@ -189,7 +189,34 @@ def advice(cfg: RunConfig, mesh: Mesh) -> str:
     return "; ".join(ways)
 
 
-def run(cfg: RunConfig, world: int, gpu: str, folder: str | None) -> None:
+def suggestions(cfg: RunConfig, arch: Arch, world: int, room: int) -> list[tuple[int, str, Plan]]:
+    """(bytes received in a step, what to set, its plan) of the layouts with a peak of at most `room`, the least traffic first.
+
+    Tried: tensor within a node of 8, one copy of the weights or one a node, blocks recomputed or not.
+    """
+    import torch
+
+    from parallel.mesh import Mesh
+
+    found = []
+    for tensor in (n for n in (1, 2, 4, 8) if world % n == 0):
+        for copies in {1, world // 8} if world % 8 == 0 else {1}:
+            if world % (tensor * copies):
+                continue
+            layout = replace(cfg.parallel, tensor=tensor, replicate=copies, shard=world // (tensor * copies), context=1)
+            mesh = Mesh.build(layout, torch.device("cpu"))
+            for kind in ("none", "full"):
+                one = replace(cfg, parallel=layout, recompute=replace(cfg.recompute, kind=kind))
+                try:
+                    planned = plan(one, arch, mesh)
+                except ConfigError:  # the layout is not legal for this model
+                    continue
+                keys = f"--parallel.replicate={copies} --parallel.shard={layout.shard} --parallel.tensor={tensor} --recompute.kind={kind}"
+                found.append((sum(planned.communication.values()), keys, planned))
+    return sorted((one for one in found if one[2].peak <= room), key=lambda one: (one[0], one[2].peak))
+
+
+def run(cfg: RunConfig, world: int, gpu: str, folder: str | None, suggest: bool) -> None:
     import torch
     import torch.distributed as dist
 
@@ -201,19 +228,29 @@ def run(cfg: RunConfig, world: int, gpu: str, folder: str | None) -> None:
         from torch.testing._internal.distributed.fake_pg import FakeStore
     except ImportError as e:  # a private module of torch
         raise ConfigError(f"this version of torch has no fake process group, which planning needs ({e})") from None
-    sizes(cfg.parallel, world)
+    if not suggest:
+        sizes(cfg.parallel, world)
+    room = int(0.9 * GPU_GB[gpu] * 10**9)
     arch = Arch.from_folder(folder or fetch(cfg.model.path, cfg.model.revision))
     if cfg.precision.compute == "auto":
         cfg = replace(cfg, precision=replace(cfg.precision, compute="bf16"))
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
+        if suggest:
+            ways = suggestions(cfg, arch, world, room)
+            print(
+                f"layouts of {world} ranks that fit {gpu}, the least traffic first:" if ways else f"no layout of {world} ranks fits {gpu}"
+            )
+            for traffic, keys, one in ways[:3]:
+                print(f"  {keys}   peak {one.peak / 2**30:.2f} GiB, receives {traffic / 2**30:.2f} GiB a step")
+            return
         mesh = Mesh.build(cfg.parallel, torch.device("cpu"))
         found = plan(cfg, arch, mesh)
         print(f"{arch.name or arch.family} on {world} ranks; {mesh.describe()}; GiB per rank:")
         for name in ("parameters", "gradients", "optimizer", "activations", "gathered", "head", "peak"):
             print(f"  {name:12} {getattr(found, name) / 2**30:9.2f}")
         print("received per step, GiB: " + ", ".join(f"{axis} {size / 2**30:.2f}" for axis, size in found.communication.items()))
-        fits = found.peak <= 0.9 * GPU_GB[gpu] * 10**9
+        fits = found.peak <= room
         print(
             f"{'fits' if fits else 'does not fit'} {gpu} ({GPU_GB[gpu]} GB, of which 90 % are used)"
             + ("" if fits else f"; try {advice(cfg, mesh)}")
@@ -228,13 +265,14 @@ def main(argv: list[str]) -> None:
     options.add_argument("--world", default="")
     options.add_argument("--gpu", default="h200")
     options.add_argument("--arch")
+    options.add_argument("--suggest", action="store_true")
     args, rest = options.parse_known_args(argv)
     cfg = parse_args(RunConfig, rest, prog="python -m tools.plan --world N [--gpu NAME] [--arch FOLDER]", about=ABOUT)
     if not args.world.isdecimal() or int(args.world) < 1:
         raise ConfigError("must be a number of ranks", "--world", args.world)
     if args.gpu not in GPU_GB:
         raise ConfigError(f"is not known; known: {', '.join(GPU_GB)}", "--gpu", args.gpu)
-    run(cfg, int(args.world), args.gpu, args.arch)
+    run(cfg, int(args.world), args.gpu, args.arch, args.suggest)
 
 
 if __name__ == "__main__":
