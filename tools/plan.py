@@ -190,7 +190,7 @@ def advice(cfg: RunConfig, mesh: Mesh) -> str:
 
 
 def suggestions(cfg: RunConfig, arch: Arch, world: int, room: int) -> list[tuple[int, str, Plan]]:
-    """(bytes received in a step, what to set, its plan) of the layouts with a peak of at most `room`, the least traffic first.
+    """(bytes received for as many rows as ranks, what to set, its plan) of the layouts that need at most `room`, the least traffic first.
 
     Tried: tensor within a node of 8, one copy of the weights or one a node, blocks recomputed or not.
     """
@@ -212,7 +212,7 @@ def suggestions(cfg: RunConfig, arch: Arch, world: int, room: int) -> list[tuple
                 except ConfigError:  # the layout is not legal for this model
                     continue
                 keys = f"--parallel.replicate={copies} --parallel.shard={layout.shard} --parallel.tensor={tensor} --recompute.kind={kind}"
-                found.append((sum(planned.communication.values()), keys, planned))
+                found.append((tensor * sum(planned.communication.values()), keys, planned))  # tensor ranks share a row
     return sorted((one for one in found if one[2].peak <= room), key=lambda one: (one[0], one[2].peak))
 
 
@@ -242,7 +242,7 @@ def run(cfg: RunConfig, world: int, gpu: str, folder: str | None, suggest: bool)
                 f"layouts of {world} ranks that fit {gpu}, the least traffic first:" if ways else f"no layout of {world} ranks fits {gpu}"
             )
             for traffic, keys, one in ways[:3]:
-                print(f"  {keys}   peak {one.peak / 2**30:.2f} GiB, receives {traffic / 2**30:.2f} GiB a step")
+                print(f"  {keys}   peak {one.peak / 2**30:.2f} GiB, receives {traffic / 2**30:.2f} GiB for a row per rank")
             return
         mesh = Mesh.build(cfg.parallel, torch.device("cpu"))
         found = plan(cfg, arch, mesh)
