@@ -29,13 +29,13 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date, datetime, time
-from itertools import groupby
 from pathlib import Path
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes, pass_eval_context
 from jinja2.compiler import CodeGenerator
 from jinja2.ext import Extension
 from jinja2.filters import FILTERS
+from jinja2.runtime import new_context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from data.sample import BadRecord
@@ -44,6 +44,8 @@ from runtime.errors import DataError, ModelError
 
 MAX_OUTPUT = 16 << 20  # characters that a template may write; jinja's sandbox bounds range() to 100,000 by itself
 GENERATION = -1  # the source of text inside {% generation %}
+_GENERATED = "generation block"  # the filter behind such a block; no template can write a name with a space
+_DICT = frozenset(dir(dict))
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which a message's reasoning is passed
 
 Span = tuple[int, int]
@@ -139,7 +141,9 @@ def join(pieces: Iterable[str]) -> str:
     runs: list[tuple[int, int, int]] = []
     at = 0
     for piece in pieces:
-        runs += _moved(piece, at)
+        if type(piece) is Text:
+            for begin, end, source in piece.runs:
+                runs.append((begin + at, end + at, source))
         at += len(piece)
     if at > MAX_OUTPUT:
         raise SecurityError(f"more than {MAX_OUTPUT} characters were written")
@@ -166,11 +170,22 @@ class _Generation(Extension):
     def parse(self, parser):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+        if _leaves(body):  # what the block has written until then would be lost
+            parser.fail("break and continue cannot leave a generation block", line)
+        # A filter around the body: several times cheaper than a call block, which makes and calls a macro each time.
+        return nodes.FilterBlock(body, nodes.Filter(None, _GENERATED, [], [], None, None)).set_lineno(line)
 
-    def _marked(self, caller):
-        text = caller()
-        return Text(text, (*getattr(text, "runs", ()), (0, len(text), GENERATION)))
+
+def _leaves(body: Iterable[nodes.Node]) -> bool:
+    """Whether a break or continue in `body` belongs to a loop around it."""
+    return any(
+        isinstance(node, (nodes.Break, nodes.Continue)) or _leaves(node.else_ if isinstance(node, nodes.For) else node.iter_child_nodes())
+        for node in body
+    )
+
+
+def _generated(text: str) -> Text:
+    return Text(text, (*getattr(text, "runs", ()), (0, len(text), GENERATION)))
 
 
 class _Code(CodeGenerator):
@@ -197,7 +212,13 @@ class _Environment(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
         del self.globals["lipsum"]
         self.globals |= {"raise_exception": _raise, "strftime_now": datetime.combine(today, time()).strftime}
-        self.filters |= {"tojson": _tojson, "join": _join}
+        self.filters |= {"tojson": _tojson, "join": _join, _GENERATED: _generated}
+
+    def getattr(self, obj, attribute):
+        """`obj.attribute`, which in templates is mostly `message.role`: a key, as dicts have no such attribute."""
+        if type(obj) is dict and attribute in obj and attribute not in _DICT:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
 
     def call_binop(self, context, operator, left, right):
         sequence, times = (left, right) if hasattr(left, "__len__") else (right, left)
@@ -234,9 +255,9 @@ class _Template:
     """One compiled template, and what a probe of it tells about its turns."""
 
     def __init__(self, source: str, today: date, variables: dict, special_texts: Sequence[str], stop_texts: Sequence[str]):
-        environment = _Environment(today)
-        self._template = environment.from_string(source)
-        self._variables = variables
+        self._template = _Environment(today).from_string(source)
+        self._globals = dict(self._template.globals)
+        self._variables = self._globals | variables | {"documents": None}
         self.has_generation = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source))
         self.after_user, self.prompt, self.closing = self._probe()
         self._stop, self._special = _any_of(stop_texts), _any_of(special_texts)
@@ -246,9 +267,12 @@ class _Template:
 
     def render(self, messages: list[dict], tools: list | None, prompt: bool) -> str:
         """The text, a Text where messages are marked. Raises BadRecord with the template's own words."""
-        variables = {**self._variables, "messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
+        variables = {**self._variables, "messages": messages, "tools": tools, "add_generation_prompt": prompt}
+        template = self._template
         try:
-            return join(self._template.root_render_func(self._template.new_context(variables)))
+            # template.new_context would merge the globals, a chain of dicts, anew for every conversation.
+            context = new_context(template.environment, template.name, template.blocks, variables, True, self._globals)
+            return join(template.root_render_func(context))
         except _Raised as error:
             raise BadRecord(f"the chat template refuses it: {_one_line(error)}") from None
         except (TemplateError, RecursionError, MemoryError) as error:
@@ -365,10 +389,15 @@ class Chat:
         runs = sorted(getattr(text, "runs", ()))
         text = str.__str__(text)
         # Consecutive runs of one message are a block: (message, begin, end)
-        blocks = []
-        for source, group in groupby((run for run in runs if run[2] != GENERATION), key=lambda run: run[2]):
-            group = list(group)
-            blocks.append((source, group[0][0], max(run[1] for run in group)))
+        blocks: list[tuple[int, int, int]] = []
+        for begin, end, source in runs:
+            if source == GENERATION:
+                continue
+            if blocks and blocks[-1][0] == source:
+                _, first, last = blocks[-1]
+                blocks[-1] = (source, first, max(last, end))
+            else:
+                blocks.append((source, begin, end))
         if template.has_generation:
             spans = _marked_spans(blocks, [(b, e) for b, e, s in runs if s == GENERATION], trained)
         else:

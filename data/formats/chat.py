@@ -87,7 +87,10 @@ def _message(value: object, names: dict[str, str], roles: dict[str, str]) -> tup
     if weight is not None and weight not in (0, 1):
         raise BadRecord(f"field {names['weight']!r} must be 0 or 1, got {weight!r}")
     message = {"role": roles.get(role, role)}
-    if (content := given.get(names["content"])) is not None:
+    content = given.get(names["content"])
+    if type(content) is str and given.keys() == {names["role"], names["content"]}:  # as most are
+        return message | {"content": content}, None if weight is None else bool(weight)
+    if content is not None:
         message["content"] = content
     taken = ("role", "content", names["role"], names["content"], names["weight"])
     message |= {key: item for key, item in given.items() if key not in taken}

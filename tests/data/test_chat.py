@@ -6,8 +6,12 @@ import random
 from datetime import date
 
 import pytest
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from data.chat import Chat, Text, join, mark
+import data.chat
+from data.chat import GENERATION, Chat, Text, join, mark
 from data.sample import BadRecord
 from runtime.errors import DataError, ModelError
 from tests.data.making import TEMPLATES, bracketed, chat_for, tokenizer_for, turns, write_tokenizer
@@ -343,6 +347,62 @@ def test_random_conversations(tmp_path, name):
         assert chat.spans(messages, None, assistant(messages)) == expected, messages
         trained += len(expected[1])
     assert trained > 300
+
+
+class CallBlock(Extension):
+    """{% generation %} as transformers writes it, a macro that is called: slow, and the reference for what a block may see and change."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("marked"), [], [], body).set_lineno(line)
+
+    def marked(self, caller):
+        text = caller()
+        return Text(text, (*getattr(text, "runs", ()), (0, len(text), GENERATION)))
+
+
+def test_shortcuts_change_nothing(tmp_path, monkeypatch):
+    """Generation blocks as filters, keys of messages without the sandbox, messages of role and content alone."""
+    from data.formats.chat import ROLES, _message
+
+    templates = [
+        TEMPLATES["generation"],
+        TEMPLATES["thinking"],
+        "{% set x = 1 %}{% for m in messages %}{% generation %}{% set x = 2 %}{{ loop.index ~ m.content ~ x }}{% endgeneration %}"
+        "{{ x }}{% endfor %}",
+        "{% macro f(m) %}{% generation %}{{ m.content }}{% endgeneration %}!{% endmacro %}{% for m in messages %}{{ f(m) }}{% endfor %}",
+        "{% for m in messages %}{% generation %}{% for k in [1, 2, 3] %}{% if k == 2 %}{% break %}{% endif %}{{ k }}{% endfor %}"
+        "{{ m['content'] }}{{ m.nope }}{% generation %}{{ m.items() | length }}{% endgeneration %}{% endgeneration %}{% endfor %}",
+        "{% set g %}{% generation %}{{ messages[0].content }}{% endgeneration %}{% endset %}{{ g }}{% set ns = namespace(x=g) %}{{ ns.x }}",
+    ]
+    fast = [chat_for(tmp_path / str(i), template)._templates["default"] for i, template in enumerate(templates)]
+    monkeypatch.setattr(data.chat, "_Generation", CallBlock)
+    monkeypatch.setattr(data.chat._Environment, "getattr", ImmutableSandboxedEnvironment.getattr)
+    slow = [chat_for(tmp_path / str(i), template)._templates["default"] for i, template in enumerate(templates)]
+    rng = random.Random(0)
+    generated = 0
+    names = {"role": "from", "content": "value", "weight": "weight"}
+    for _ in range(50):
+        messages = turns(*(random_text(rng) for _ in range(rng.randint(1, 5))))
+        marked = [{"role": m["role"], "content": mark(m["content"], i)} for i, m in enumerate(messages)]
+        for ours, reference in zip(fast, slow):
+            text, expected = ours.render(marked, None, False), reference.render(marked, None, False)
+            assert text == expected and text.runs == expected.runs
+            generated += sum(source == GENERATION for _, _, source in text.runs)
+        for m in messages:
+            given = {"from": m["role"], "value": m["content"]}
+            assert _message(given, names, ROLES) == _message(given | {"weight": None}, names, ROLES) == (m, None)
+    assert generated > 50
+
+
+def test_a_generation_block_cannot_be_left(tmp_path):
+    for i, leave in enumerate(("{% break %}", "{% for k in [] %}{% else %}{% continue %}{% endfor %}")):
+        template = "{% for m in messages %}{% generation %}{{ m.content }}" + leave + "{% endgeneration %}{% endfor %}"
+        with pytest.raises(ModelError, match="break and continue cannot leave a generation block"):
+            chat_for(tmp_path / str(i), template)
 
 
 # -------------------------------------------------------------------------------------------------------------------- Text
