@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from model.decoder import Decoder
     from parallel.mesh import Mesh
     from parallel.start import Launch
+    from runtime.checkpoint import Outcome
     from runtime.log import Log
 
 
@@ -136,6 +137,7 @@ DRIFT = (
     ("precision.masters", "forbidden"),
     ("precision.*", "allow"),
     ("train.seed", "allow"),
+    ("train.accumulate", "forbidden"),  # a step keeps its packs; at other world sizes it is re-derived, whatever the key says
 )
 
 
@@ -225,24 +227,28 @@ def accumulation(packs_per_step: int, data_size: int) -> int:
 
 
 class Meters:
-    """Sums since the last log record. The loss stays on the device until it is read."""
+    """Sums since the last log record. The loss stays on the device until it is read; a checkpoint keeps them (`state`)."""
 
-    def __init__(self, mesh: Mesh):
+    def __init__(self, mesh: Mesh, loss: float = 0.0, units: int = 0, tokens: int = 0, seconds: float = 0.0):
         import torch
 
-        self.mesh, self.loss = mesh, torch.zeros((), device=mesh.device)
-        self.units = self.tokens = 0
-        self.seconds = 0.0
+        # the sum of all ranks lies on one of them; what follows is added where it arises
+        self.mesh, self.loss = mesh, torch.full((), loss if mesh.leads else 0.0, dtype=torch.float64, device=mesh.device)
+        self.units, self.tokens, self.seconds = units, tokens, seconds
 
     def add(self, units: int, tokens: int, seconds: float) -> None:
         self.units, self.tokens, self.seconds = self.units + units, self.tokens + tokens, self.seconds + seconds
 
+    def state(self) -> dict[str, float]:
+        """The sums of all ranks. A collective."""
+        loss = self.mesh.sum_over_data(self.loss.clone()).item()
+        return {"loss": loss, "units": self.units, "tokens": self.tokens, "seconds": self.seconds}
+
     def read(self) -> dict[str, float]:
         """Mean loss per unit and tokens per second, over all ranks; then starts anew. A collective."""
-        loss = self.mesh.sum_over_data(self.loss).item()
-        found = {"loss": loss / max(self.units, 1), "tokens_per_s": self.tokens / self.seconds}
+        found = self.state()
         self.__init__(self.mesh)
-        return found
+        return {"loss": found["loss"] / max(found["units"], 1), "tokens_per_s": found["tokens"] / found["seconds"]}
 
 
 def memory_gib(device: torch.device) -> float:
@@ -324,15 +330,16 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         resolved = to_toml(cfg)
         ckpt = Checkpointer(out, cfg.checkpoint, identity(cfg, inputs), resolved, flatten(cfg), rules=DRIFT, layout=mesh.axes, say=log)
         found = ckpt.find()
-        state = {"step": 0, "tokens": 0, "packs_per_step": mesh.data_size * cfg.train.accumulate, "early": {}, "ended": False}
+        state = {"step": 0, "tokens": 0, "packs_per_step": mesh.data_size * cfg.train.accumulate, "early": {}, "meters": {}}
         state |= found.state if found else {}
         place = {"tokens": cfg.data.tokens, "max_length": cfg.data.longest, "seed": cfg.train.seed}
         place |= {"rank": mesh.data_rank, "size": mesh.data_size}
         stream = Stream(inputs.documents, shuffle=True, accumulate=accumulation(state["packs_per_step"], mesh.data_size), **place)
         held_out = Stream(inputs.held_out, shuffle=False, accumulate=1, **place) if inputs.held_out else None
         total = cfg.train.steps or stream.steps(cfg.train.epochs or 1)
-        ended = state["ended"] or state["step"] >= total
-        if ended and exported_at(out) == state["step"]:
+        early = EarlyStop(cfg.eval.patience if cfg.eval else 0, cfg.eval.min_delta if cfg.eval else 0.0, **state["early"])
+        ended = early.ends or state["step"] >= total
+        if ended and exported(out) == result(cfg, state["step"]):
             return log(f"this run has ended at step {state['step']}; its result is in {out / 'export'}")
 
         # the model, its optimizer, and what of them is saved
@@ -351,10 +358,13 @@ def run(cfg: RunConfig, launch: Launch) -> None:
             (out / "result.json").unlink(missing_ok=True)  # an export that lies there is of an earlier run
         for line in (mesh.describe(), *report, inputs.documents.report(), stream.report(), stream.preview(inputs.tokenizer)):
             log(line)
-        reporter, meters = Reporter(cfg, log, launch.rank, state["step"], total), Meters(mesh)
+        reporter, meters = Reporter(cfg, log, launch.rank, state["step"], total), Meters(mesh, **state["meters"])
         stack.callback(reporter.close)
-        early = EarlyStop(cfg.eval.patience, cfg.eval.min_delta, **state["early"]) if held_out else None
         mfu_per_token_s = utilization(net, inputs.documents, mesh)
+
+        def save() -> Outcome | None:
+            now = state | {"early": early.state(), "meters": meters.state()}
+            return ckpt.save(state["step"], kept, now, {"cpu": torch.get_rng_state()})
 
         net.train()
         for step in range(state["step"] + 1, total + 1) if not ended else ():
@@ -389,16 +399,16 @@ def run(cfg: RunConfig, launch: Launch) -> None:
                 batches = (split(held_out.take(s)[0], mesh) for s in range(1, held_out.steps_per_epoch + 1))
                 numbers = evaluate(net, batches, inputs.held_out.sources, mesh.sum_over_data, device)
                 reporter.record({"step": step, **numbers})
-                state |= {"ended": early.update(numbers["eval_loss"]), "early": early.state()}
-                ended |= state["ended"]
+                early.update(numbers["eval_loss"])
+                ended |= early.ends
             ckpt.poll()
             if ckpt.due(step) or ended:
-                ckpt.save(step, kept, state, {"cpu": torch.get_rng_state()})
+                save()
             if ended:
                 break
 
         # a stop between checkpoints is saved too; only a run that ended has a result
-        last = ckpt.save(state["step"], kept, state, {"cpu": torch.get_rng_state()}) if state["step"] and not ended else None
+        last = save() if state["step"] and not ended else None
         last = ckpt.wait() or last
         if not ended:
             if last is not None and last.path is None:
@@ -406,16 +416,21 @@ def run(cfg: RunConfig, launch: Launch) -> None:
             return log(f"stopped by request after step {state['step']}; the same command resumes")
         export(cfg, inputs, net, log)
         if launch.rank == 0:
-            (out / "result.json").write_text(json.dumps({"step": state["step"], "export": "export"}) + "\n", encoding="utf-8")
+            (out / "result.json").write_text(json.dumps(result(cfg, state["step"])) + "\n", encoding="utf-8")
 
 
-def exported_at(out: Path) -> int | None:
-    """The step whose result lies in the export folder, None if there is none."""
+def result(cfg: RunConfig, step: int) -> dict[str, object]:
+    """What an export is of; result.json says so."""
+    return {"export": "export", "step": step, "merge": cfg.output.merge, "dtype": cfg.output.dtype}
+
+
+def exported(out: Path) -> dict[str, object] | None:
+    """What the export folder holds (see `result`), None if it holds nothing."""
     if not (out / "export").is_dir():
         return None
     try:
-        return json.loads((out / "result.json").read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError):
+        return json.loads((out / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
 
 

@@ -5,8 +5,26 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from model.linear import Slots, here
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of the weight in `dtype`. The gradient of a row is summed over its tokens in at least fp32 and rounded once: a
+    frequent token has thousands of them, and a sum in bf16 would depend on how many a rank has."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.rows, ctx.dtype = weight.shape[0], weight.dtype
+        return F.embedding(tokens, weight).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        return torch.ops.aten.embedding_dense_backward(wide, ctx.saved_tensors[0], ctx.rows, -1, False).to(ctx.dtype), None, None
 
 
 class Embedding(Slots):
@@ -30,11 +48,11 @@ class Embedding(Slots):
         """tokens: [T] int64 -> [T, hidden] in `dtype`."""
         weight = here(self.weight)
         if self.shard is None:
-            h = F.embedding(tokens, weight).to(dtype)
+            h = _Lookup.apply(weight, tokens, dtype)
         else:
             row = tokens - self.shard.first
             elsewhere = (row < 0) | (row >= weight.shape[0])
-            h = F.embedding(row.masked_fill(elsewhere, 0), weight).to(dtype).masked_fill(elsewhere[:, None], 0)
+            h = _Lookup.apply(weight, row.masked_fill(elsewhere, 0), dtype).masked_fill(elsewhere[:, None], 0)
             h = self.shard.leave(h)
         return h if self.scale == 1.0 else h * torch.tensor(self.scale, dtype=dtype).item()
 

@@ -49,13 +49,17 @@ class EarlyStop:
     best: float | None = None
     bad: int = 0
 
-    def update(self, loss: float) -> bool:
-        """Takes the newest loss; True if the run should end now."""
+    @property
+    def ends(self) -> bool:
+        """Should the run end now? As the present patience has it, also for a run that an earlier one ended."""
+        return 0 < self.patience <= self.bad
+
+    def update(self, loss: float) -> None:
+        """Takes the newest loss."""
         if self.best is None or loss < self.best - self.min_delta:
             self.best, self.bad = loss, 0
         else:
             self.bad += 1
-        return 0 < self.patience <= self.bad
 
     def state(self) -> dict[str, float | int | None]:
         return {"best": self.best, "bad": self.bad}

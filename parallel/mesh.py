@@ -98,6 +98,11 @@ class Mesh:
         return self.tokens["data"].get_local_rank()
 
     @property
+    def leads(self) -> bool:
+        """Is this the first of all ranks?"""
+        return dist.get_rank() == 0
+
+    @property
     def size(self) -> int:
         """All ranks."""
         return self.tokens.size()

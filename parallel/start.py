@@ -124,14 +124,19 @@ class Launch:
         )
 
     def report(self, error: UserError) -> int:
-        """Prints the error once among all ranks, lets them leave together, and returns the exit code.
+        """Prints the error once among all ranks and returns the exit code. The rank that holds the store leaves last.
 
-        Together, because a launcher ends all ranks as soon as one exits, and the store may live in one of them.
+        Nobody leaves before the line is out, because a launcher ends all ranks as soon as one exits.
         """
-        if self.rank == getattr(error, "reporter", 0):
+        reporter = getattr(error, "reporter", 0)
+        if self.rank == reporter:
             print(f"error: {error}", file=sys.stderr, flush=True)
         deadline = time.monotonic() + 5
-        with contextlib.suppress(dist.DistError):  # the rank that held the store has left already
+        with contextlib.suppress(dist.DistError):  # the store is gone: so is the rank that held it
+            if self.rank == reporter:
+                self.store.set("salamander/printed", "1")
+            self._wait(lambda: self.store.check(["salamander/printed"]) or time.monotonic() > deadline)
             self.store.add("salamander/left", 1)
-            self._wait(lambda: self.store.add("salamander/left", 0) >= self.world or time.monotonic() > deadline)
+            if self.rank == 0:
+                self._wait(lambda: self.store.add("salamander/left", 0) >= self.world or time.monotonic() > deadline)
         return error.exit_code

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from model.transforms.lora import apply_lora
 from model.transforms.trainable import apply_trainable
 from model.weights import initialize
 from objective import lm
+from objective.evaluate import evaluate
 from optim.clip import clip
 from parallel.apply import parallelize
 from parallel.config import ParallelConfig, RecomputeConfig
@@ -77,16 +79,25 @@ def rows(budget: int, count: int) -> list[Batch]:
     return [pack(b, budget, i) for i, b in enumerate(bins)]
 
 
-def model(tmp: Path, mesh: Mesh | None, lora: bool, recompute: str, dropout: float = 0.0, context_method: str = "auto"):
+def model(
+    tmp: Path,
+    mesh: Mesh | None,
+    lora: bool,
+    recompute: str,
+    dropout: float = 0.0,
+    context_method: str = "auto",
+    compute: torch.dtype = torch.float32,
+):
     arch = Arch.from_folder(tmp)
     net = build(arch)
     cfg = LoraConfig(rank=4, dropout=dropout) if lora else None
     if cfg:
         apply_lora(net, cfg)
-    apply_trainable(net, cfg, torch.float32, torch.float32)
-    net.use_kernels(KernelsConfig(), "cpu", torch.float32)
+    net.compute_dtype = compute
+    apply_trainable(net, cfg, compute, torch.float32)
+    net.use_kernels(KernelsConfig(), "cpu", compute)
     if mesh is not None:
-        parallelize(net, mesh, RecomputeConfig(kind=recompute), torch.float32, context_method)
+        parallelize(net, mesh, RecomputeConfig(kind=recompute), compute, context_method)
     net.to_empty(device="cpu")
     net.reset_buffers("cpu")
     initialize(net, 0)
@@ -235,3 +246,38 @@ def test_dropout_depends_on_the_pack_not_on_the_layout(folder):
     assert max(error(g, want[n]) for n, g in grads(other).items()) > 0.1  # the masks matter
     for world, recompute in ((2, "full"), (4, "none")):
         assert max(run(dropout_grads, world, folder, recompute, want)) < 1e-6
+
+
+def embedding_error(rank, world, folder, exact):
+    mesh = Mesh.build(ParallelConfig(), torch.device("cpu"))
+    net = model(folder, mesh, False, "none", compute=torch.bfloat16)
+    backward(net, long_rows()[rank::world], 1000)
+    return error(grads(net)["model.embed_tokens.weight"], exact)
+
+
+def long_rows() -> list[Batch]:
+    """Two rows in which few tokens occur thousands of times."""
+    g = torch.Generator().manual_seed(0)
+    docs = [(t := torch.randint(8, (64,), generator=g), torch.cat([t[1:], torch.tensor([IGNORE])])) for _ in range(2 * 23)]
+    return [pack(docs[i::2], 23 * 64, i) for i in range(2)]
+
+
+def test_bf16_gradients_are_as_exact_on_two_ranks_as_on_one(folder):
+    net = model(folder, None, False, "none")
+    backward(net, long_rows(), 1000)
+    exact = grads(net)["model.embed_tokens.weight"]
+    one, two = (max(run(embedding_error, world, folder, exact)) for world in (1, 2))
+    assert 1e-4 < one < 2e-2
+    assert two < 1.5 * one
+
+
+def test_evaluation_has_no_dropout_and_leaves_training_on(folder):
+    net = model(folder, None, True, "none", dropout=0.5).train()
+    batches = [replace(b, group={"source": torch.zeros(DOCS, dtype=torch.int64)}) for b in rows(96, 4)]
+    loss = evaluate(net, batches, ("all",), lambda sums: sums, torch.device("cpu"))["eval_loss"]
+    assert net.training
+    plain = model(folder, None, True, "none", dropout=0.0)
+    want = sum(-float(plain(b).detach().sum()) for b in batches) / sum(map(lm.count, batches))
+    assert loss == pytest.approx(want, rel=1e-6)
+    with_dropout = sum(-float(net(b).detach().sum()) for b in batches) / sum(map(lm.count, batches))
+    assert abs(with_dropout - want) > 1e-3

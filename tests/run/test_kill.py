@@ -42,6 +42,10 @@ def losses(out: Path) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in read(out / "metrics.jsonl") if "loss" in r}
 
 
+def records(out: Path) -> list[tuple]:
+    return [(r["step"], r["loss"], r["tokens"], r["grad_norm"]) for r in read(out / "metrics.jsonl")]
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     root = tmp_path_factory.mktemp("kill")
@@ -85,6 +89,7 @@ def same_as_calm(out: Path, ranks: launch.Ranks, want: str, want_losses: dict[in
     assert ranks.wait() == [0, 0], ranks.output()
     found = losses(out)
     assert {step: (found.get(step), loss) for step, loss in want_losses.items() if found.get(step) != loss} == {}
+    assert records(out) == records(out.parent / "calm")
     assert digest(out / "export") == want
 
 

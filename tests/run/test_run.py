@@ -52,6 +52,8 @@ def test_the_output_folder_is_what_the_interface_says(make):
     assert [r["step"] for r in records] == [2, 2, 4, 4]
     train, evals = [r for r in records if "loss" in r], [r for r in records if "eval_loss" in r]
     assert {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "memory_gib", "epoch"} <= train[0].keys()
+    assert 2 * 2 * 64 < train[0]["tokens"] <= 2 * 2 * 128
+    assert train[0]["tokens"] * 1.5 < train[1]["tokens"] <= 4 * 2 * 128
     assert evals[0]["eval_sources"].keys() == {"data"}
     assert (out / "checkpoints" / "latest").read_text().strip() == "step_4"
     assert sorted(p.name for p in (out / "checkpoints").glob("step_*")) == ["step_2", "step_4"]
@@ -189,3 +191,40 @@ def test_the_command_lines_of_the_interface(make, how):
     assert wrong.returncode == (2 if how == "python" else 1)
     assert wrong.stderr.count("did you mean --train.steps?") == 1
     assert "Traceback" not in wrong.stderr.split("ChildFailedError")[0].split("torch/distributed")[0]
+
+
+def test_a_record_after_a_resume_covers_the_steps_before_it(make):
+    extra = "[train]\nsteps = 60\n[log]\nevery = 50\n[checkpoint]\nevery = 3\n"
+    argv, calm = make(extra, "calm")
+    ok(argv, 2, calm)
+    argv, out = make(extra, "killed")
+    ranks = launch.start(argv, 2, out / "out")
+    while not (out / "checkpoints" / "step_3").exists():
+        assert not ranks.poll(), ranks.output()
+        time.sleep(0.002)
+    ranks.signal(signal.SIGKILL)
+    ranks.end_after_one()
+    assert not (out / "metrics.jsonl").read_text(), "the kill came too late to tell anything"
+    ok(argv, 2, out)
+    want, found = ([(r["step"], r["tokens"], r["loss"]) for r in read(o / "metrics.jsonl")] for o in (calm, out))
+    assert [r[:2] for r in found] == [r[:2] for r in want]
+    assert [r[2] for r in found] == pytest.approx([r[2] for r in want], rel=1e-12)
+
+
+def test_an_early_stopped_run_goes_on_with_more_patience_and_a_finished_one_merges_on_request(make):
+    argv, out = make("[train]\nsteps = 12\n[optim]\nlr = 0.0\n[lora]\nrank = 2\n[eval]\nevery = 2\nsplit = 6\npatience = 2\n")
+    ok(argv, 1, out)
+    assert max(r["step"] for r in read(out / "metrics.jsonl")) == 6
+    ok([*argv, "--eval.patience=0"], 1, out)
+    assert max(r["step"] for r in read(out / "metrics.jsonl")) == 12
+    assert (out / "export" / "adapter_model.safetensors").exists()
+    ok([*argv, "--eval.patience=0", "--output.merge=true"], 1, out)
+    assert (out / "export" / "model.safetensors").exists()
+
+
+def test_other_accumulation_on_resume_is_refused(make):
+    argv, out = make("[train]\nsteps = 2\n")
+    ok(argv, 1, out)
+    ranks = launch.run([*argv, "--train.steps=4", "--train.accumulate=4"], 1, out / "out")
+    assert ranks.wait() == [2]
+    assert "train.accumulate" in ranks.output()
