@@ -5,7 +5,7 @@ fp32. The divide factor is 1 because the loss is already divided by the global n
 final norm and head are one unit, the root's: a tied weight may not lie in two.
 
 Replicate-only is HSDP whose shard axis has size 1. On a mesh of size 1 nothing is wrapped: FSDP2 would copy every
-parameter, and `Linear` and the norms cast their weights at use, which gives the same numbers.
+parameter, and `Linear` and the norms cast their weights at use.
 """
 
 from __future__ import annotations
