@@ -12,6 +12,12 @@ then hold twenty times the usual number, and N with them. So short documents are
 one, evenly by length, and they are packed as one; a few stay loose to fill gaps. `max_documents` then finds the smallest N
 that costs at most 0.2 % more packs; packs with more are cut.
 
+Mixed packs. Longest first also means that like goes with like: packs of many short documents would hold one length each, and
+where length tells one kind of data from another, a step would see one kind. (Measured on chat records of 20 to 34 tokens, one
+pack of 1536 a step: 46 % of the answers right after six epochs, 86 % with mixed packs.) So documents that are short beside a
+pack are first dealt out by rank, into hands that have their share of every length and fill most of a pack; a few stay back for
+what is left of it.
+
 A document here is whatever must stay together: for preference data a pair, whose length is the sum.
 """
 
@@ -26,6 +32,8 @@ from data.keys import order_by, permutation
 _LOOSE = 50  # one in so many short documents stays loose
 _EXTRA_PACKS = 0.002  # share of packs that a limit on the number of documents may cost
 _UNFILLED = 0.003  # share of slots that may stay empty before packing without ties is tried
+_MANY = 16  # documents of average length in a pack from which on mixing counts,
+_UNMIXED = 0.01  # and packing without it has to save this share of packs
 
 
 def pack(lengths: np.ndarray, tokens: int) -> np.ndarray:
@@ -36,21 +44,43 @@ def pack(lengths: np.ndarray, tokens: int) -> np.ndarray:
         tokens: slots of a pack.
     """
     lengths = lengths.astype(np.int64)
-    packs = _pack_tied(lengths, _tie(lengths, tokens), tokens)
+    packs = _pack_tied(lengths, _deal(lengths, _tie(lengths, tokens), tokens), tokens)
     if packs.max() + 1 > (1 + _UNFILLED) * lengths.sum() / tokens:  # few documents, or long ones: see if it is the ties
         plain = _pack_tied(lengths, np.full(len(lengths), -1), tokens)
-        packs = min(packs, plain, key=np.max)
+        many = lengths.mean() * _MANY <= tokens  # a pack or two less is not worth unmixed ones
+        packs = plain if plain.max() + 1 < (1 - many * _UNMIXED) * (packs.max() + 1) else packs
     return packs
 
 
 def _pack_tied(lengths: np.ndarray, tied: np.ndarray, tokens: int) -> np.ndarray:
     """Packs documents together with those that are tied to them."""
+    load, free = _loads(lengths, tied)
+    packs = np.empty(len(lengths), np.int64)
+    packs[free] = best_fit(load[free], tokens)
+    return np.where(tied < 0, packs, packs[tied])
+
+
+def _loads(lengths: np.ndarray, tied: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each document with those tied to it; and the documents that are not tied, in descending order of that."""
     load = np.bincount(np.where(tied < 0, np.arange(len(lengths)), tied), lengths, len(lengths)).astype(np.int64)
     free = np.flatnonzero(tied < 0)
-    order = free[order_by(tokens - load[free])]
-    packs = np.empty(len(lengths), np.int64)
-    packs[order] = best_fit(load[order], tokens)
-    return np.where(tied < 0, packs, packs[tied])
+    return load, free[order_by(load.max() - load[free])]
+
+
+def _deal(lengths: np.ndarray, tied: np.ndarray, tokens: int) -> np.ndarray:
+    """`tied`, with most of the short documents tied to the longest of the hand that they are dealt to."""
+    load, free = _loads(lengths, tied)
+    parts = max(6, int(tokens / lengths.mean()) // 3)  # the more documents in a pack, the fewer of them are needed to fill it up
+    short = free[load[free] * parts <= tokens]
+    short = short[np.arange(len(short)) * 2 % parts > 1]  # keeps back 2 in `parts`
+    # Hands hold 1 - 2 / parts of a pack on average and differ by the longest document at most, so none is longer than a pack.
+    hands = -(-int(load[short].sum()) * parts // (tokens * (parts - 2)))
+    if hands:
+        head = np.where(tied < 0, np.arange(len(tied)), tied)
+        head[short] = short[np.arange(len(short)) % hands]
+        tied = head[head]
+        tied[tied == np.arange(len(tied))] = -1
+    return tied
 
 
 def _tie(lengths: np.ndarray, tokens: int) -> np.ndarray:

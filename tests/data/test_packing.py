@@ -88,6 +88,19 @@ def test_nearly_full_with_few_documents_each(mean, sigma, tokens, longest):
     assert average < 4 or plain > 2 * most
 
 
+@pytest.mark.parametrize("count", [1500, 15_000])
+def test_short_documents_are_mixed(count):
+    """A pack of many documents has its share of every length: mean lengths vary about as much as those of random packs."""
+    lengths = descending(np.random.default_rng(0).normal(25, 4, count).clip(15, 34))
+    packs = pack(lengths, 1536)
+    used = np.bincount(packs, lengths)
+    number = np.bincount(packs)
+    by_chance = lengths.std() / number.mean() ** 0.5
+    assert (used / number)[used > 1400].std() < 1.5 * by_chance
+    alone = best_fit(lengths, 1536)
+    assert (np.bincount(alone, lengths) / np.bincount(alone)).std() > 4 * by_chance
+
+
 def test_a_million_documents():
     """The goal is a second on an idle core; here the processor time of a busy one has some slack."""
     lengths = log_normal(1_000_000, 6.0, 1.0, 8192)
