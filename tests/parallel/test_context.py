@@ -209,6 +209,8 @@ def test_a_long_document_and_rows_that_are_padding(tmp_path, method):
 
 def compiled(rank: int, world: int, folder: Path, method: str) -> tuple[bool, int]:
     """Are gradients over two packings bit for bit those without compilation, and how many graphs did that take?"""
+    torch._dynamo.reset()  # a fork has what its parent compiled
+    torch._dynamo.utils.counters.clear()
     mesh, found = Mesh.build(ParallelConfig(context=world), torch.device("cpu")), []
     for graphs in (False, True):
         net = model(folder, mesh, False, "none", context_method=method)
