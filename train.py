@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from data.config import DataConfig, SourceConfig
 from model.config import KernelsConfig, LoraConfig, ModelConfig
 from optim.config import AdamWConfig, CosineConfig, OptimConfig, ScheduleConfig
-from parallel.config import ParallelConfig, PrecisionConfig, RecomputeConfig
+from parallel.config import CompileConfig, OffloadConfig, ParallelConfig, PrecisionConfig, RecomputeConfig, TilingConfig
 from runtime.config import flatten, parse_args, to_toml
 from runtime.errors import ConfigError, UserError
 from runtime.sections import CheckpointConfig, LogConfig
@@ -116,6 +116,9 @@ class RunConfig:
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
     recompute: RecomputeConfig = RecomputeConfig()
+    offload: OffloadConfig = OffloadConfig()
+    tiling: TilingConfig = TilingConfig()
+    compile: CompileConfig | None = None
     kernels: KernelsConfig = KernelsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -208,7 +211,7 @@ def assemble(cfg: RunConfig, arch: Arch, mesh: Mesh) -> tuple[Decoder, list[str]
     if cfg.lora is not None:
         report.append(apply_lora(net, cfg.lora))
     report.append(apply_trainable(net, cfg.lora, compute, masters))
-    report += parallelize(net, mesh, cfg.recompute, compute, cfg.parallel.context_method)
+    report += parallelize(net, mesh, cfg, compute)
     return net, report
 
 
@@ -322,7 +325,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         device = launch.together("device", lambda: launch.device(cfg.run.device))
         log = stack.enter_context(launch.together("log", lambda: Log(out, launch.rank)))
         inputs = launch.together("inputs", lambda: read_inputs(cfg), leader_first=True)
-        launch.together("shares", lambda: check(cfg.parallel, axes, inputs.arch, cfg.data.tokens, cfg.lora))
+        launch.together("shares", lambda: check(cfg, axes, inputs.arch, cfg.data.tokens, cfg.lora))
         launch.connect(device, cfg.parallel.timeout_s)
         mesh, stop = Mesh.build(cfg.parallel, device), Stop().install()
 
@@ -375,7 +378,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
                 break
             for i, batch in enumerate(micro):
                 lm.seed_dropout(cfg.train.seed, batch.pack)
-                last_backward(net, i == len(micro) - 1)
+                last_backward(net, i == len(micro) - 1, cfg.parallel)
                 loss = lm.loss(net, batch.to(device), max(units, 1))
                 loss.backward()
                 meters.loss += loss.detach() * units

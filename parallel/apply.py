@@ -8,33 +8,32 @@ from torch import nn
 from model.arch import Arch
 from model.config import LoraConfig
 from parallel import context, fsdp, recompute, tensor
-from parallel.config import ParallelConfig, RecomputeConfig
+from parallel.config import Sections
 from parallel.mesh import Mesh
 from runtime.errors import ConfigError
 
 
-def check(cfg: ParallelConfig, axes: dict[str, int], arch: Arch, tokens: int, lora: LoraConfig | None) -> None:
+def check(cfg: Sections, axes: dict[str, int], arch: Arch, tokens: int, lora: LoraConfig | None) -> None:
     """Can these ranks share this model and rows of `tokens` slots? Before there is a process group.
 
     Raises:
         ConfigError: no; with the numbers, and the nearest choice that works.
     """
-    context.check(arch, axes["context"], axes["tensor"], tokens, cfg.context_method)
+    context.check(arch, axes["context"], axes["tensor"], tokens, cfg.parallel.context_method)
     tensor.check(arch, axes["tensor"], tokens // axes["context"])
+    fsdp.check(cfg.parallel, axes)
     shared = [f"parallel.{axis}={axes[axis]}" for axis in ("context", "tensor") if axes[axis] > 1]
     if lora is not None and lora.dropout and shared:
         # a rank sees a part of a linear's input and would draw another mask than one rank does for the same pack
         raise ConfigError(f"does not work with {' and '.join(shared)}; use lora.dropout=0", "lora.dropout", lora.dropout)
 
 
-def parallelize(
-    net: nn.Module, mesh: Mesh, recompute_cfg: RecomputeConfig, compute: torch.dtype, context_method: str = "auto"
-) -> list[str]:
+def parallelize(net: nn.Module, mesh: Mesh, cfg: Sections, compute: torch.dtype) -> list[str]:
     """Split rows and matrices, then recompute, then shard: FSDP2 shards what tensor parallelism left to a rank, and its hooks
     must surround a block as a whole, recomputation included. Returns lines for the start-up report."""
     blocks = list(net.model.layers)
-    report = context.wrap(net, mesh, context_method)
+    report = context.wrap(net, mesh, cfg.parallel.context_method)
     tensor.split(net, mesh.weights["tensor"])
-    recompute.apply(blocks, recompute_cfg)
-    fsdp.shard(net, blocks, mesh, compute)
+    recompute.apply(blocks, cfg.recompute)
+    fsdp.shard(net, blocks, mesh, cfg, compute)
     return report

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
+
+from parallel.config import CompileConfig, OffloadConfig, ParallelConfig, PrecisionConfig, RecomputeConfig, TilingConfig
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
@@ -30,6 +33,18 @@ LLAMA = {
     "torch_dtype": "float32",
     "initializer_range": 0.05,
 }
+
+
+@dataclass(frozen=True)
+class Sections:
+    """What `parallel/` reads of a config, all at the defaults but for what a test names."""
+
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
+    offload: OffloadConfig = OffloadConfig()
+    tiling: TilingConfig = TilingConfig()
+    compile: CompileConfig | None = None
 
 
 def write_tokenizer(folder: Path, template: str | None = TEMPLATE, vocab: int = 320) -> int:

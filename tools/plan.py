@@ -151,7 +151,7 @@ def plan(cfg: RunConfig, arch: Arch, mesh: Mesh) -> Plan:
     from kernels.linear_logprob import BUDGET
     from parallel.apply import check
 
-    check(cfg.parallel, mesh.axes, arch, cfg.data.tokens, cfg.lora)
+    check(cfg, mesh.axes, arch, cfg.data.tokens, cfg.lora)
     if mesh.axes["context"] > 1:
         raise ConfigError("is not planned yet; plan with parallel.context=1", "parallel.context", mesh.axes["context"])
     total, block = weights(cfg, arch, mesh)

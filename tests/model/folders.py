@@ -17,9 +17,10 @@ from model.transforms.lora import apply_lora, is_adapter
 from model.transforms.trainable import apply_trainable
 from model.weights import NameMap, local, region
 from parallel.apply import parallelize
-from parallel.config import ParallelConfig, RecomputeConfig
+from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
 from tests.model.golden import fresh, write_config
+from tests.tiny import Sections
 
 
 def write_model(folder: Path, name: str = "llama", dtype: torch.dtype = torch.float32, **changes: object) -> Path:
@@ -56,7 +57,7 @@ def prepared(folder: Path, lora: LoraConfig | None = None, compute: torch.dtype 
 def shard(net: Decoder, axes: dict[str, int], compute: torch.dtype = torch.float32) -> None:
     """Spreads a prepared model over the ranks, e.g. `{"shard": 2, "tensor": 2}`."""
     mesh = Mesh.build(ParallelConfig(**axes), torch.device("cpu"))
-    parallelize(net, mesh, RecomputeConfig(), compute)
+    parallelize(net, mesh, Sections(), compute)
 
 
 @torch.no_grad()

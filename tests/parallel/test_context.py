@@ -30,7 +30,7 @@ from tests.harness import run
 from tests.model.golden import GOLDEN, distance
 from tests.model.golden import write_config as write_golden
 from tests.parallel.test_layouts import VOCAB, documents, model, pack, rank_errors, reference, rows
-from tests.tiny import LLAMA, write_chats, write_config, write_model
+from tests.tiny import LLAMA, Sections, write_chats, write_config, write_model
 
 BORDERS = [0, 1, 1, 9, 45, 61, 64, 64, 64]  # 64 slots; chunks of 8 and of 16 cut through documents
 ROW = rows(320, 1)[0]
@@ -301,15 +301,15 @@ def test_layouts_that_cannot_share_are_refused(tmp_path, layout, tokens, message
     cfg = ParallelConfig(**layout)
     axes = sizes(cfg, cfg.context * cfg.tensor)
     with pytest.raises(ConfigError, match=message):
-        check(cfg, axes, arch(tmp_path / "tiny"), tokens, None)
+        check(Sections(cfg), axes, arch(tmp_path / "tiny"), tokens, None)
 
 
 def test_what_works_is_not_refused(tmp_path):
     tiny = arch(tmp_path / "tiny")
     for layout in ({}, {"context": 8}, {"context": 4, "context_method": "ulysses"}, {"context": 2, "tensor": 2}):
         cfg = ParallelConfig(**layout)
-        check(cfg, sizes(cfg, cfg.context * cfg.tensor), tiny, 128, LoraConfig())
-    check(ParallelConfig(), sizes(ParallelConfig(), 4), tiny, 101, LoraConfig(dropout=0.1))
+        check(Sections(cfg), sizes(cfg, cfg.context * cfg.tensor), tiny, 128, LoraConfig())
+    check(Sections(), sizes(ParallelConfig(), 4), tiny, 101, LoraConfig(dropout=0.1))
 
 
 def test_dropout_is_refused_where_ranks_share_a_row(tmp_path):
@@ -317,4 +317,4 @@ def test_dropout_is_refused_where_ranks_share_a_row(tmp_path):
     with pytest.raises(
         ConfigError, match=r"lora.dropout=0.1 does not work with parallel.context=2 and parallel.tensor=2; use lora.dropout=0"
     ):
-        check(cfg, sizes(cfg, 4), arch(tmp_path / "tiny"), 128, LoraConfig(dropout=0.1))
+        check(Sections(cfg), sizes(cfg, 4), arch(tmp_path / "tiny"), 128, LoraConfig(dropout=0.1))

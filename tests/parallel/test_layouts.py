@@ -34,7 +34,7 @@ from parallel.context import split
 from parallel.fsdp import last_backward
 from parallel.mesh import AXES, Mesh
 from tests.harness import run
-from tests.tiny import LLAMA
+from tests.tiny import LLAMA, Sections
 
 LENGTHS = (5, 31, 2, 17, 44, 1, 23, 9, 60, 12, 3, 28, 7, 38, 15, 20)  # 315 slots
 VOCAB, DOCS, LONGEST = 97, 24, 64
@@ -87,7 +87,9 @@ def model(
     dropout: float = 0.0,
     context_method: str = "auto",
     compute: torch.dtype = torch.float32,
+    **sections: object,
 ):
+    """As train.py makes it; `sections` of the config by name."""
     arch = Arch.from_folder(tmp)
     net = build(arch)
     cfg = LoraConfig(rank=4, dropout=dropout) if lora else None
@@ -97,7 +99,8 @@ def model(
     apply_trainable(net, cfg, compute, torch.float32)
     net.use_kernels(KernelsConfig(), "cpu", compute)
     if mesh is not None:
-        parallelize(net, mesh, RecomputeConfig(kind=recompute), compute, context_method)
+        sections = {"parallel": ParallelConfig(context_method=context_method), "recompute": RecomputeConfig(kind=recompute)} | sections
+        parallelize(net, mesh, Sections(**sections), compute)
     net.to_empty(device="cpu")
     net.reset_buffers("cpu")
     initialize(net, 0)
@@ -114,7 +117,7 @@ def model(
     return net
 
 
-def backward(net, micro: list[Batch], units: int, seed: int | None = None) -> float:
+def backward(net, micro: list[Batch], units: int, seed: int | None = None, cfg: ParallelConfig | None = None) -> float:
     """Runs the micro-batches as train.py does; returns this rank's part of the loss."""
     from objective.lm import seed_dropout
 
@@ -122,7 +125,7 @@ def backward(net, micro: list[Batch], units: int, seed: int | None = None) -> fl
     for i, batch in enumerate(micro):
         if seed is not None:
             seed_dropout(seed, batch.pack)
-        last_backward(net, i == len(micro) - 1)
+        last_backward(net, i == len(micro) - 1, cfg or ParallelConfig())
         loss = lm.loss(net, batch, units)
         loss.backward()
         total += loss.item()
