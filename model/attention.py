@@ -6,7 +6,6 @@ the last `size` of those (kind `window`). How that is computed is the backend's 
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -20,24 +19,15 @@ from model.rope import rotate
 
 
 class Borders:
-    """Where the documents lie in a row, on the device, and on the host where that costs nothing.
+    """Where the documents lie in a row, on the device.
 
     slots: T, how many there are.
     cu: [N+1] int32, from 0 to T, the end repeated up to a fixed N.
     longest: no document is longer.
-    host: `cu` as a list, once `read` was called.
     """
 
     def __init__(self, slots: int, cu: Tensor, longest: int):
         self.slots, self.cu, self.longest = slots, cu, longest
-        self.host: list[int] = []
-
-    def read(self) -> None:
-        """On the CPU only: a GPU's borders would stop the host until all work before them is done."""
-        if not self.host:
-            self.host = self.cu.tolist()
-            longest = max(b - a for a, b in pairwise(self.host))
-            assert longest <= self.longest, f"a document of {longest} tokens under max_seqlen={self.longest}"  # CUDA relies on it
 
     def places(self) -> tuple[Tensor, Tensor]:
         """For each slot its document and how many slots of it follow, both [T]."""
@@ -53,8 +43,7 @@ class AttnContext:
         of a document are the last of its keys.
     rope: for each rope of the model (cos, sin), each [T, 1, head_dim].
 
-    What else a backend needs it makes from these in `prepare`, before the blocks run: masks, once per kind, or the borders on
-    the host.
+    What else a backend needs it makes from these in `prepare`, before the blocks run: masks, once per kind.
     """
 
     def __init__(self, queries: Borders, rope: list[tuple[Tensor, Tensor]], keys: Borders | None = None):
@@ -79,10 +68,6 @@ class AttnContext:
             distance = key_after[None, :] - after[:, None]
             seen = (document[:, None] == key_document[None, :]) & (distance >= 0)
             self.masks[kind] = seen & (distance < kind.size) if kind.name == "window" else seen
-
-    def read_borders(self) -> None:
-        self.queries.read()
-        self.keys.read()
 
 
 class Backend(Protocol):

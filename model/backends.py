@@ -53,14 +53,11 @@ class Varlen:
         return f"it has no kernel for device {device.type}"
 
     def prepare(self, ctx: AttnContext, kind: Kind) -> None:
-        if ctx.queries.cu.device.type == "cpu":
-            ctx.read_borders()
+        """Borders are all it reads."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, ctx: AttnContext, kind: Kind, scale: float) -> Tensor:
-        queries, keys = ctx.queries, ctx.keys
-        if q.is_cuda:
-            return varlen_cuda(q, k, v, queries.cu, queries.longest, kind.size, scale, keys.cu, keys.longest)
-        return varlen_cpu(q, k, v, queries.host, kind.size, scale, keys.host)
+        attend, queries, keys = varlen_cuda if q.is_cuda else varlen_cpu, ctx.queries, ctx.keys
+        return attend(q, k, v, queries.cu, queries.longest, kind.size, scale, keys.cu, keys.longest)
 
 
 SDPA, VARLEN = Sdpa(), Varlen()

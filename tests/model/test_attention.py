@@ -26,6 +26,14 @@ def inputs(heads: int, kv_heads: int, dtype: torch.dtype, borders: list[int] = B
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
 
 
+def tensor(borders: list[int]) -> torch.Tensor:
+    return torch.tensor(borders, dtype=torch.int32)
+
+
+def varlen(q, k, v, borders: list[int], window: int, scale: float):
+    return kernel.varlen_cpu(q, k, v, tensor(borders), borders[-1], window, scale)
+
+
 def run(attend, q, k, v, grad, *args):
     out = attend(q, k, v, *args)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
@@ -38,7 +46,7 @@ def test_varlen_cpu_equals_its_twin(monkeypatch, window, heads, kv_heads):
     expected = run(kernel.varlen_ref, q, k, v, grad, BORDERS, window, 0.3)
     for tile in (kernel.TILE, 5):  # 5 queries a tile: many tiles, the last one ragged
         monkeypatch.setattr(kernel, "TILE", tile)
-        for a, b in zip(run(kernel.varlen_cpu, q, k, v, grad, BORDERS, window, 0.3), expected):
+        for a, b in zip(run(varlen, q, k, v, grad, BORDERS, window, 0.3), expected):
             assert distance(a, b) < 1e-13
 
 
@@ -49,7 +57,7 @@ def test_varlen_cpu_rounds_as_its_dtype(dtype, bound):
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     for window in (0, 130):
         expected = run(kernel.varlen_ref, *exact, grad.double(), borders, window, 0.3)
-        for a, b in zip(run(kernel.varlen_cpu, q, k, v, grad, borders, window, 0.3), expected):
+        for a, b in zip(run(varlen, q, k, v, grad, borders, window, 0.3), expected):
             assert a.dtype == dtype
             assert distance(a, b) < bound
 
@@ -57,19 +65,19 @@ def test_varlen_cpu_rounds_as_its_dtype(dtype, bound):
 def test_varlen_cpu_takes_any_layout_and_an_expanded_gradient():
     q, k, v, _ = inputs(4, 2, torch.float64)
     fused = torch.cat([q, k, v], 1).detach().requires_grad_()
-    split = kernel.varlen_cpu(*fused.split([4, 2, 2], 1), BORDERS, 3, 0.3)  # slices of one tensor, as a fused projection has
-    whole = kernel.varlen_cpu(q, k, v, BORDERS, 3, 0.3)
+    split = varlen(*fused.split([4, 2, 2], 1), BORDERS, 3, 0.3)  # slices of one tensor, as a fused projection has
+    whole = varlen(q, k, v, BORDERS, 3, 0.3)
     assert torch.equal(split, whole)
     (a,) = torch.autograd.grad((split * split.detach()).sum(), fused)
     b = torch.autograd.grad((whole * whole.detach()).sum(), (q, k, v))
     assert distance(a, torch.cat(b, 1)) < 1e-14
-    assert torch.autograd.grad(kernel.varlen_cpu(q, k, v, BORDERS, 0, 0.3).sum(), v)[0].abs().sum() > 0
+    assert torch.autograd.grad(varlen(q, k, v, BORDERS, 0, 0.3).sum(), v)[0].abs().sum() > 0
 
 
 def test_gradcheck():
     q, k, v, _ = inputs(2, 1, torch.float64, [0, 3, 9], size=3)
     for window in (0, 2):
-        assert torch.autograd.gradcheck(lambda q, k, v, w=window: kernel.varlen_cpu(q, k, v, [0, 3, 9], w, 0.5), (q, k, v))
+        assert torch.autograd.gradcheck(lambda q, k, v, w=window: varlen(q, k, v, [0, 3, 9], w, 0.5), (q, k, v))
 
 
 def test_varlen_never_holds_a_square():
@@ -88,7 +96,7 @@ def test_varlen_never_holds_a_square():
             return out
 
     with Watch():
-        run(kernel.varlen_cpu, q, k, v, grad, [0, total], 64, 0.3)
+        run(varlen, q, k, v, grad, [0, total], 64, 0.3)
     assert total * 8 <= largest < total * total / 50
 
 
@@ -104,8 +112,148 @@ def test_masks_are_made_once_and_follow_borders():
     assert made.sum(1).tolist() == (positions + 1).tolist()  # as many keys as its document has so far
     assert ctx.masks[window].sum(1).tolist() == (positions + 1).clamp(max=4).tolist()
     assert not (ctx.masks[window] & ~made).any()
-    VARLEN.prepare(ctx, full)
-    assert ctx.queries.host == ctx.keys.host == BORDERS
+
+
+OPS = torch.ops.salamander
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_operators_keep_their_word(window):
+    """Schema, fake kernels and the registered gradient, also of slices of one tensor and of a piece of a row."""
+    q, k, v, grad = inputs(4, 2, torch.float32)
+    sliced = torch.cat([q, k, v], 1).detach().requires_grad_().split([4, 2, 2], 1)
+    cu = tensor(BORDERS)
+    for leaves, borders in (((q, k, v), cu), (sliced, cu), ((q[48:], k, v), (cu - 48).clamp(0))):
+        args = (borders, cu, 40, 40, window, 0.3)
+        torch.library.opcheck(OPS.varlen.default, (*(x.detach().requires_grad_() for x in leaves), *args))
+        leaves = [x.detach() for x in leaves]
+        out, lse = OPS.varlen(*leaves, *args)
+        given = (grad[: len(out)], *leaves, out, lse, borders, cu, window, 0.3)
+        torch.library.opcheck(OPS.varlen_backward.default, given)
+
+
+def test_backward_keeps_inputs_output_log_sum_exp_and_borders():
+    q, k, v, _ = inputs(4, 2, torch.bfloat16)
+    cu, kept = tensor(BORDERS), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = kernel.varlen_cpu(q, k, v, cu, 61, 0, 0.3)
+    assert {t.data_ptr() for t in kept} >= {t.data_ptr() for t in (q, k, v, out, cu)}
+    assert [(t.dtype, tuple(t.shape)) for t in kept if t.dtype == torch.float32] == [(torch.float32, (61, 4))]
+    assert sum(t.nbytes for t in kept) == sum(t.nbytes for t in (q, k, v, out, cu, cu)) + 61 * 4 * 4
+
+
+def test_a_document_longer_than_said_is_noticed():
+    q, k, v, _ = inputs(2, 1, torch.float32)
+    with pytest.raises(AssertionError, match="39 tokens where none may be longer than 38"):
+        kernel.varlen_cpu(q, k, v, tensor(BORDERS), 38, 0, 0.3)
+
+
+def test_attention_ops_are_those_that_run():
+    """What selective recomputation will look for is what the dispatcher sees."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    ops = kernel.attention_ops()
+    assert {op.name() for op in ops} >= {"salamander::varlen", "aten::_scaled_dot_product_flash_attention", "torch_attn::_varlen_attn"}
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    q, k, v, _ = inputs(4, 2, torch.float32)
+    for backend in BACKENDS.values():
+        ctx = AttnContext(Borders(61, tensor(BORDERS), 39), [])
+        backend.prepare(ctx, Kind())
+        seen.clear()
+        with Watch():
+            backend(q, k, v, ctx, Kind(), 0.3)
+        assert len([f for f in seen if f in ops]) == 1, (backend.name, seen)
+
+
+PACKINGS = [sorted([0, 96, *torch.randint(97, (6,), generator=torch.Generator().manual_seed(i)).tolist()]) for i in range(20)]
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_one_graph_serves_all_packings(compiler):
+    """A compiled function of packed attention, full and windowed: one graph, no break, no second compilation, equal gradients."""
+    q, k, v, grad = inputs(4, 2, torch.float64, [0, 96])
+
+    def attend(q, k, v, ctx):
+        return sum(VARLEN(q * 2, k, v, ctx, kind, 0.3) for kind in (Kind(), Kind("window", 5)))
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(attend, backend=compiler, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for borders in PACKINGS:
+            ctx = AttnContext(Borders(96, tensor(borders), 96), [])
+            expected = run(lambda q, k, v, b=borders: sum(kernel.varlen_ref(q * 2, k, v, b, w, 0.3) for w in (0, 5)), q, k, v, grad)
+            for a, b in zip(run(compiled, q, k, v, grad, ctx), expected):
+                assert distance(a, b) < 1e-13
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+PARTS = {  # borders of the same documents among queries and among keys
+    "same": (BORDERS, BORDERS),
+    "none there": ([0, 5, 5, 9], [0, 0, 4, 11]),
+    "one across": ([0, 20, 20, 20], [0, 13, 13, 13]),
+    "before": ([0, 0, 6, 10], [0, 8, 12, 12]),
+    "nothing": ([0, 7, 7], [0, 0, 5]),
+}
+
+
+def part(name: str, dtype: torch.dtype) -> tuple:
+    """Inputs of a partial attention, and its arguments."""
+    borders, keys = PARTS[name]
+    g = torch.Generator().manual_seed(1)
+    q, k, grad, v = (torch.randn(n, h, 8, generator=g, dtype=torch.float64).to(dtype) for n, h in ((borders[-1], 4), (keys[-1], 2)) * 2)
+    return q, k, grad, v, (tensor(borders), tensor(keys), 40, 40)
+
+
+@pytest.mark.parametrize("name,causal", [("same", True), *((name, False) for name in PARTS)])
+def test_partial_attention_equals_its_twin(name, causal):
+    q, k, grad, v, borders = part(name, torch.float64)
+    args = (*borders, causal, 0.3)
+    out, lse = kernel.partial(q, k, v, *args)
+    want, want_lse = kernel.partial_ref(q, k, v, *args)
+    assert (out - want).abs().max() < 1e-13
+    reached = want_lse.isfinite()
+    assert torch.equal(lse.isfinite(), reached)
+    assert (lse - want_lse)[reached].abs().sum() < 1e-12
+    assert torch.equal(out[~reached], torch.zeros_like(out[~reached]))
+    whole = torch.logaddexp(want_lse, torch.ones_like(want_lse))  # as if there were other keys too
+    found = kernel.partial_backward(grad, q, k, v, out, whole, *args)
+    expected = kernel.partial_backward_ref(grad, q, k, v, out, whole, *args)
+    assert name == "nothing" or min(x.norm() for x in (want, *expected)) > 0.1
+    for a, b in zip(found, expected):
+        assert (a - b).norm() < 1e-12 * max(1.0, b.norm())
+
+
+@pytest.mark.parametrize("dtype,bound", [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_parts_make_the_whole(dtype, bound):
+    """The second half of a row: its own keys, causal, and those before, merged; gradients from the merged result."""
+    q, k, v, grad = (x.detach() for x in inputs(4, 2, dtype))
+    n, cu = 30, tensor(BORDERS)
+    here, before = (cu - n).clamp(0), cu.clamp(max=n)
+    parts = [(slice(n, 61), (here, here, 31, 31, True, 0.3)), (slice(n), (here, before, 31, n, False, 0.3))]
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    want = kernel.varlen_ref(*exact, BORDERS, 0, 0.3)[n:]
+    want_grads = torch.autograd.grad(want, exact, grad[n:].double())
+    for forward, backward in ((kernel.partial, kernel.partial_backward), (kernel.partial_ref, kernel.partial_backward_ref)):
+        (o1, m1), (o2, m2) = (forward(q[n:], k[keys], v[keys], *args) for keys, args in parts)
+        assert m1.isfinite().all()
+        assert not m2.isfinite().all()
+        lse = torch.logaddexp(m1, m2)
+        out = (o1 * (m1 - lse).exp()[..., None] + o2 * (m2 - lse).exp()[..., None]).to(dtype)
+        assert distance(out, want) < bound
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for keys, args in parts:
+            gq, dk[keys], dv[keys] = backward(grad[n:], q[n:], k[keys], v[keys], out, lse, *args)
+            dq[n:] += gq
+        for a, b in zip((dq, dk, dv), want_grads):
+            assert distance(a, b) < bound
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -210,3 +358,20 @@ def test_varlen_cuda_of_a_piece_equals_the_reference(window):
     device = (piece.queries.cu.cuda(), piece.queries.longest, window, 0.3, piece.keys.cu.cuda(), piece.keys.longest)
     for a, b in zip(run(kernel.varlen_cuda, *leaves, grad.cuda(), *device), expected):
         assert distance(a.cpu(), b) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", PARTS)
+def test_partial_attention_on_cuda_equals_its_twin(name):
+    q, k, grad, v, borders = part(name, torch.bfloat16)
+    args = (*borders, name == "same", 0.3)
+    device = (*(x.cuda() for x in borders[:2]), *args[2:])
+    out, lse = kernel.partial(q.cuda(), k.cuda(), v.cuda(), *device)
+    want, want_lse = kernel.partial_ref(q, k, v, *args)
+    assert torch.equal(lse.isfinite().cpu(), want_lse.isfinite())
+    assert (out.cpu() - want).norm() < 1e-2 * max(1.0, want.norm())
+    whole = torch.logaddexp(want_lse, torch.ones_like(want_lse))
+    found = kernel.partial_backward(grad.cuda(), q.cuda(), k.cuda(), v.cuda(), out, whole.cuda(), *device)
+    for a, b in zip(found, kernel.partial_backward_ref(grad, q, k, v, want, whole, *args)):
+        assert (a.cpu() - b).norm() < 1e-2 * max(1.0, b.norm())
