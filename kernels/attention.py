@@ -347,7 +347,7 @@ def _cpu_forward(
 ) -> tuple[Tensor, Tensor]:
     """(out [T, N, H], lse [T, N]) on the CPU; arguments are those of `varlen_cpu` and `partial`."""
     calls = _Calls(q, k, _read(cu_queries, max_queries), _read(cu_keys, max_keys), window, causal)
-    out, lse = _outputs(q)
+    out, lse = empty_outputs(q)
     out.zero_()  # of queries that see no key
     lse.fill_(float("-inf"))
     for t in calls.tiles:
@@ -357,8 +357,8 @@ def _cpu_forward(
     return out, lse
 
 
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for out and lse."""
+def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the results of attention: out like q, and lse [T, N]."""
     lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
@@ -418,7 +418,7 @@ def _varlen(
 
 @_varlen.register_fake
 def _(q, k, v, cu_queries, cu_keys, max_queries, max_keys, window, scale):
-    return _outputs(q)
+    return empty_outputs(q)
 
 
 @torch.library.custom_op("salamander::varlen_backward", mutates_args=(), device_types="cpu")

@@ -6,6 +6,7 @@ the last `size` of those (kind `window`). How that is computed is the backend's 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -71,9 +72,15 @@ class AttnContext:
 
 
 class Backend(Protocol):
-    """softmax(scale * q k^T over the keys that `kind` lets a query see) v."""
+    """softmax(scale * q k^T over the keys that `kind` lets a query see) v.
+
+    name: under which it is found in model/backends.py BACKENDS.
+    partial, partial_backward: the same for some of the keys, as kernels/attention.py has it; no autograd.
+    """
 
     name: str
+    partial: Callable[..., tuple[Tensor, Tensor]]
+    partial_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, ctx: AttnContext, kind: Kind, scale: float) -> Tensor:
         """q: [T, N, H]; k, v: [S, K, H] with N a multiple of K, head n using group n // (N / K) -> [T, N, H]."""

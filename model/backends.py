@@ -17,7 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import varlen_cpu, varlen_cuda, varlen_cuda_unsupported
+from kernels.attention import (
+    partial,
+    partial_backward,
+    partial_backward_ref,
+    partial_ref,
+    varlen_cpu,
+    varlen_cuda,
+    varlen_cuda_unsupported,
+)
 from model.arch import Arch, Kind
 from runtime.errors import ConfigError
 
@@ -29,6 +37,7 @@ KINDS = ("full", "window")
 
 class Sdpa:
     name = "sdpa"
+    partial, partial_backward = staticmethod(partial_ref), staticmethod(partial_backward_ref)
 
     def unsupported(self, arch: Arch, device: torch.device, dtype: torch.dtype) -> str | None:
         return _unknown_kind(arch)
@@ -44,6 +53,7 @@ class Sdpa:
 
 class Varlen:
     name = "varlen"
+    partial, partial_backward = staticmethod(partial), staticmethod(partial_backward)
 
     def unsupported(self, arch: Arch, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type == "cpu":

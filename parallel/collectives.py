@@ -8,6 +8,8 @@
 
 They are torch's functional collectives (operators with fake kernels, traceable with `fullgraph=True`) and wait at once: an
 asynchronous tensor that enters a compiled block loses its gradient in torch 2.13.
+
+`pass_on` is point to point and neither: it is for the inside of an operator.
 """
 
 from __future__ import annotations
@@ -35,6 +37,17 @@ def _all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def all_reduce(x: Tensor, group: dist.ProcessGroup, op: str = "sum") -> Tensor:
     """Sum or max over the group; not differentiable here."""
     return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), op, group.group_name))
+
+
+def pass_on(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, list[dist.Work]]:
+    """Sends x to the next rank of the group, round and round, and takes what the one before sends, of the same shape.
+
+    Returns at once: the second value is to be waited for, before what arrives is read and before x is written to or let go.
+    """
+    arriving, rank, size = torch.empty_like(x), group.rank(), group.size()
+    send = dist.P2POp(dist.isend, x, group=group, group_peer=(rank + 1) % size)
+    receive = dist.P2POp(dist.irecv, arriving, group=group, group_peer=(rank - 1) % size)
+    return arriving, dist.batch_isend_irecv([send, receive])
 
 
 class _Gather(torch.autograd.Function):

@@ -17,9 +17,10 @@ class ParallelConfig:
     context: Annotated[int, "Ranks that share each row of tokens (context parallelism), for long documents."] = 1
     tensor: Annotated[int, "Ranks that share each matrix (tensor and sequence parallelism); keep them within a node."] = 1
     context_method: Annotated[
-        Literal["auto", "allgather", "ulysses"],
+        Literal["auto", "allgather", "ulysses", "ring"],
         "How context ranks attend to each other's tokens. allgather: keys and values of the row on each, any number of heads; "
-        "ulysses: exchange tokens for heads, equal work whatever the documents; auto: ulysses where key heads divide, else allgather.",
+        "ring: those of one rank at a time, the least memory; ulysses: exchange tokens for heads, equal work whatever the documents; "
+        "auto: ulysses where key heads divide, else allgather.",
     ] = "auto"
     reshard: Annotated[
         Literal["forward", "backward", "step"] | int,

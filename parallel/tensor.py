@@ -83,8 +83,8 @@ class Vocab:
         return gather(padded.T.contiguous(), self.group)[: self.rows].T
 
 
-def check(arch: Arch, size: int, tokens: int) -> None:
-    """Can `size` ranks share this model and rows of `tokens` slots?
+def check(arch: Arch, size: int) -> None:
+    """Can `size` ranks share this model?
 
     Raises:
         ConfigError: a dimension does not divide.
@@ -95,10 +95,6 @@ def check(arch: Arch, size: int, tokens: int) -> None:
             raise ConfigError(
                 f"does not divide {name}={n} ({arch.name or arch.family}); use parallel.tensor={best}", "parallel.tensor", size
             )
-    if tokens % size:
-        raise ConfigError(
-            f"does not divide the {tokens} slots that a rank computes of a row; choose data.tokens accordingly", "parallel.tensor", size
-        )
     if arch.vocab_size <= -(-arch.vocab_size // size) * (size - 1):
         raise ConfigError(f"leaves ranks without rows of the vocabulary ({arch.vocab_size})", "parallel.tensor", size)
 

@@ -122,8 +122,9 @@ def test_operators_keep_their_word(window):
     """Schema, fake kernels and the registered gradient, also of slices of one tensor and of a piece of a row."""
     q, k, v, grad = inputs(4, 2, torch.float32)
     sliced = torch.cat([q, k, v], 1).detach().requires_grad_().split([4, 2, 2], 1)
+    turned = [x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in (q, k, v)]
     cu = tensor(BORDERS)
-    for leaves, borders in (((q, k, v), cu), (sliced, cu), ((q[48:], k, v), (cu - 48).clamp(0))):
+    for leaves, borders in (((q, k, v), cu), (sliced, cu), (turned, cu), ((q[48:], k, v), (cu - 48).clamp(0))):
         args = (borders, cu, 40, 40, window, 0.3)
         torch.library.opcheck(OPS.varlen.default, (*(x.detach().requires_grad_() for x in leaves), *args))
         leaves = [x.detach() for x in leaves]
