@@ -39,9 +39,11 @@ class _RmsNorm(torch.autograd.Function):
         r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, r)
         ctx.offset = offset
-        if offset:
-            return (wide * r).mul_(1.0 + weight.to(wide.dtype)).to(x.dtype)
-        return (wide * r).to(x.dtype).mul_(weight.to(x.dtype))
+        # nothing in place, and no cast to the same dtype: where the result is an alias, torch 2.11 compiles without the gradient
+        if not offset:
+            return (wide * r).to(x.dtype) * weight.to(x.dtype)
+        y = wide * r * (1.0 + weight.to(wide.dtype))
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     @once_differentiable

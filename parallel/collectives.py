@@ -21,22 +21,28 @@ from torch import Tensor
 _ops = torch.ops._c10d_functional
 
 
+def _wait(x: Tensor) -> Tensor:
+    """As a view: waiting returns its argument itself, and of an autograd function that returns an alias torch 2.11 compiles the
+    forward and loses the gradient, without a word."""
+    return _ops.wait_tensor(x).view(x.shape)
+
+
 def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name))
+    return _wait(_ops.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name))
 
 
 def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return _ops.wait_tensor(_ops.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name))
+    return _wait(_ops.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name))
 
 
 def _all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     each = [x.shape[0] // group.size()] * group.size()
-    return _ops.wait_tensor(_ops.all_to_all_single(x.contiguous(), each, each, group.group_name))
+    return _wait(_ops.all_to_all_single(x.contiguous(), each, each, group.group_name))
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup, op: str = "sum") -> Tensor:
     """Sum or max over the group; not differentiable here."""
-    return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), op, group.group_name))
+    return _wait(_ops.all_reduce(x.contiguous(), op, group.group_name))
 
 
 def pass_on(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, list[dist.Work]]:
