@@ -29,6 +29,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 
@@ -80,10 +81,15 @@ def linear_logprob(
     Returns:
         [T] fp32 (fp64 for fp64 `hidden`).
     """
-    budget = budget or BUDGET.get(hidden.device.type, BUDGET["cpu"])
+    budget = budget or BUDGET["cuda" if _gpu(hidden) else "cpu"]
     rows = max(16, budget // (4 * (weight.shape[0] if split is None else split.most)))
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
     return _LinearLogprob.apply(hidden, weight, labels, softcap, rows, split, *needs)
+
+
+def _gpu(x: Tensor) -> bool:
+    """Is the work cut up as for a GPU? A fake tensor stands for one: dry runs (tools/plan.py) count what a GPU would hold."""
+    return x.is_cuda or isinstance(x, FakeTensor)
 
 
 def _logits(h: Tensor, w: Tensor, softcap: float | None) -> Tensor:
@@ -94,7 +100,7 @@ def _logits(h: Tensor, w: Tensor, softcap: float | None) -> Tensor:
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
     """a b in at least fp32. On CUDA half-precision products accumulate in fp32 anyway; there it is not rounded away."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+    if _gpu(a) and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b).to(_wide(a.dtype))
 
@@ -195,7 +201,7 @@ def _held(label: Tensor, weight: Tensor, split: Vocabulary | None) -> tuple[Tens
 
 def _accumulate(dw: Tensor, dz: Tensor, h: Tensor) -> None:
     """dw [V, D] += dz^T h, summed in the dtype of dw. dz: [C, V], h: [C, D]."""
-    if dz.is_cuda and dz.dtype != dw.dtype:
+    if _gpu(dz) and dz.dtype != dw.dtype:
         dw.add_(_mm(dz.T, h))
     else:
         dw.addmm_(dz.T.to(dw.dtype), h.to(dw.dtype))
@@ -203,7 +209,7 @@ def _accumulate(dw: Tensor, dz: Tensor, h: Tensor) -> None:
 
 def _kept(labels: Tensor) -> Tensor | None:
     """On the CPU the numbers of the rows with a label, [T'] int64; elsewhere None, for all rows."""
-    return None if labels.is_cuda else (labels >= 0).nonzero()[:, 0]
+    return None if _gpu(labels) else (labels >= 0).nonzero()[:, 0]
 
 
 def _take(x: Tensor, rows: Tensor | None) -> Tensor:

@@ -2,261 +2,398 @@
 
     python -m tools.plan --config FILE.toml --world N [--gpu h200] [--arch FOLDER] [--suggest] [--section.key=value ...]
 
-A fake process group of that size lets `train.assemble` build and shard the model on meta as rank 0 of the run does. Layers are
-alike, so 2 and 3 of them are built and the rest follows on the line through both. Bytes of parameters are those of the local
-parts; activations are what autograd saves in the real forward of a block on fake tensors, counted once per storage and without
-the weights. Attention's kernel is replaced by one that saves what the real one saves: q, k, v, output and log-sum-exp.
+A fake process group of that size lets rank 0 of the run build and shard the model (`train.assemble`) and take a whole step on fake
+tensors, which have shapes and no memory: forward, backward, clipping, optimizer, with the collectives, recomputation, tiling and
+offloading of the run. A ledger (runtime/memory.py) enters what lives when. Layers are alike, so a model of few layers is run twice,
+the second time with one period more, and each quantity follows on the line through both. The peak is found by moment: the first and
+the last block's forward and backward, the head's, the embedding's, clipping, the optimizer. Between them memory changes evenly, so
+that the largest of them is the largest of all.
 
-The peak adds, over what stays: gathered units (the root's, and two blocks, as one is prefetched), whole gradients of a block
-before they are reduced (compute dtype and fp32), and the head (hidden states and their slopes, the fp32 gradient of the
-vocabulary, two chunks of logits). The CUDA context, NCCL and fragmentation are not in it: 10 % of the GPU are left for them.
-Those are estimates and have not been compared with a GPU's allocator.
+The numbers are of eager blocks in `precision.compute` (`auto`: bf16), with the attention kernel's fake version, which saves what the
+real one saves. What [compile] saves is not counted. The CUDA context, NCCL's buffers and fragmentation are not in them: 10 % of the
+GPU are left for those.
 
-Bytes that a rank receives in a step of k micro-batches, for an axis of n ranks, each collective moving (n - 1)/n of the whole:
-
-    fsdp        k (2 gathers in compute dtype + 1 reduction in fp32) of all weights (frozen ones are not reduced)
-    replicate   2 of the trained part of a rank, fp32: an all-reduce, once a step
-    tensor      k x 4 exchanges a block of [T, D], forward, again backward, and again if blocks are recomputed
+--suggest ranks layouts by an estimate of GPU time per token, from data sheets: products at half of the peak, weights gathered
+beside them, the exchanges of tensor and context ranks and of copies on top, at the speed of the link that the axis spans. It is for
+the order of candidates, not a prediction; each layout named has been planned and fits.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from runtime.config import parse_args
 from runtime.errors import ConfigError
 from tools import command
-from train import RunConfig, assemble, dtypes
+from train import RunConfig, assemble
 
 if TYPE_CHECKING:
-    from model.arch import Arch
-    from parallel.mesh import Mesh
+    from collections.abc import Iterator
 
-GPU_GB = {"a100-40": 40, "a100": 80, "h100": 80, "h200": 141, "b200": 180, "rtx4090": 24}  # vendors' data sheets, 10^9 bytes
+    from model.arch import Arch
+    from model.decoder import Decoder
+    from parallel.mesh import Mesh
+    from runtime.memory import Ledger
+
+NODE = 8  # GPUs that share the fast links
+
+
+class Gpu(NamedTuple):
+    """From the vendors' data sheets. memory: GB (10^9 bytes); flops: dense bf16 per second; link, network: bytes per second that a GPU
+    receives within its node, and from others."""
+
+    memory: int
+    flops: float
+    link: float
+    network: float
+
+
+GPUS = {
+    "a100-40": Gpu(40, 312e12, 300e9, 25e9),
+    "a100": Gpu(80, 312e12, 300e9, 25e9),
+    "h100": Gpu(80, 989e12, 450e9, 50e9),
+    "h200": Gpu(141, 989e12, 450e9, 50e9),
+    "b200": Gpu(180, 2250e12, 900e9, 50e9),
+    "rtx4090": Gpu(24, 165e12, 25e9, 25e9),
+}
 ABOUT = "What a config needs of each GPU at any number of ranks (--world N, --gpu NAME, --arch FOLDER), without GPUs, weights or data."
+KINDS = ("parameters", "gradients", "optimizer", "activations", "gathered", "temporary")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Of rank 0 in one step. moments: bytes by kind at the fullest moment of each part; traffic: bytes received, by axis; flops: of a
+    token, recomputation left out."""
+
+    moments: dict[str, dict[str, float]]
+    traffic: dict[str, float]
+    flops: float
+
+    def line(self, other: Profile, x: float) -> Profile:
+        """The line through this (0) and another (1) at x, number by number."""
+
+        def at(a: dict, b: dict) -> dict:
+            return {key: a.get(key, 0) + (b.get(key, 0) - a.get(key, 0)) * x for key in a | b}
+
+        moments = {name: at(self.moments.get(name, {}), found) for name, found in other.moments.items()}
+        return Profile(moments, at(self.traffic, other.traffic), self.flops + (other.flops - self.flops) * x)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of rank 0; `communication`: bytes it receives in a step, by axis."""
+    """Bytes of a rank at the fullest moment of a step. `host`: in host memory, then."""
 
+    moment: str
     parameters: int
     gradients: int
     optimizer: int
     activations: int
     gathered: int
-    head: int
-    communication: dict[str, int]
+    temporary: int
+    host: int
+    traffic: dict[str, int]
+    flops: float
 
     @property
     def peak(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.gathered + self.head
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Bytes and numbers of what a model of some layers has; all of them linear in the layers."""
-
-    held: int  # bytes of this rank's parts
-    trained: int  # bytes of those that train
-    tensors: int  # how many train
-    gathered: int  # numbers of a tensor rank's part, whole over fsdp
-    gathered_trained: int
+        return sum(getattr(self, kind) for kind in KINDS)
 
     @classmethod
-    def of(cls, cfg: RunConfig, arch: Arch, mesh: Mesh) -> Weights:
-        from model.weights import local
-
-        net, _ = assemble(cfg, arch, mesh)
-        parts = [(local(p).nbytes, p.numel() // mesh.axes["tensor"], p.requires_grad) for p in net.parameters()]
-        trained = [part for part in parts if part[2]]
-        sums = [sum(part[i] for part in which) for which in (parts, trained) for i in (0, 1)]
-        return cls(sums[0], sums[2], len(trained), sums[1], sums[3])
-
-    def at(self, three: Weights, layers: int) -> Weights:
-        """This is the model of two layers; the line through it and that of three, at `layers`."""
-        return Weights(*(a + (b - a) * (layers - 2) for a, b in zip(vars(self).values(), vars(three).values())))
+    def of(cls, profile: Profile) -> Plan:
+        moment, kinds = max(profile.moments.items(), key=lambda item: sum(item[1].get(kind, 0) for kind in KINDS))
+        numbers = {kind: round(kinds.get(kind, 0)) for kind in (*KINDS, "host")}
+        return cls(moment, **numbers, traffic={axis: round(n) for axis, n in profile.traffic.items()}, flops=profile.flops)
 
 
-def shortened(arch: Arch, layers: int) -> Arch:
-    return replace(arch, layers=(arch.layers * layers)[:layers])
+# -- one step on fake tensors ----------------------------------------------------------------------------------------------
 
 
-def weights(cfg: RunConfig, arch: Arch, mesh: Mesh) -> tuple[Weights, Weights]:
-    """Of the whole model, and of one block."""
-    two, three = (Weights.of(cfg, shortened(arch, n), mesh) for n in (2, 3))
-    return two.at(three, arch.num_hidden_layers), Weights(*(b - a for a, b in zip(vars(two).values(), vars(three).values())))
-
-
-def saved_by_block(cfg: RunConfig, arch: Arch, mesh: Mesh, tokens: int) -> int:
-    """Bytes autograd keeps of the forward of one block without recomputation, for `tokens` slots of a row."""
+def dry_step(cfg: RunConfig, arch: Arch, mesh: Mesh) -> Profile:
+    """Runs a step of rank 0 with all layers of `arch`; call it once before for the same shapes, as DTensor's first look at each
+    operator makes tensors of its own."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from model import build
-    from model.attention import AttnContext, Borders
-    from model.transforms.lora import apply_lora
-    from model.transforms.trainable import apply_trainable
-    from parallel import tensor
+    from model import flops
+    from objective import lm
+    from optim.adamw import build, set_lr
+    from optim.clip import clip
+    from parallel.fsdp import last_backward
+    from runtime.memory import Ledger
 
-    class Attend(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, q, k, v):
-            out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2], dtype=torch.float32)
-            ctx.save_for_backward(q, k, v, out, lse)
-            return out
-
-    compute, masters = dtypes(cfg.precision, mesh.device)
-    net = build(shortened(arch, 1))
-    if cfg.lora is not None:
-        apply_lora(net, cfg.lora)
-    # FSDP hands blocks their weights in compute dtype; without it the cast of a master is one more tensor that is kept
-    apply_trainable(net, cfg.lora, compute, compute if mesh.weights["fsdp"].size() * mesh.axes["replicate"] > 1 else masters)
-    tensor.split(net, mesh.weights["tensor"])
-    block, kept = net.model.layers[0], {}
-    block.self_attn.fill("backend", lambda q, k, v, ctx, kind, scale: Attend.apply(q, k, v), "tools.plan")
+    net, _ = assemble(cfg, arch, mesh)
     with FakeTensorMode(allow_non_fake_inputs=True):
         net.to_empty(device="cpu")
         net.reset_buffers("cpu")
-        row = torch.zeros(tokens, dtype=torch.int32)
-        ctx = AttnContext(Borders(tokens, torch.zeros(2, dtype=torch.int32), tokens), net.model.rotary(row, compute))
-        h = torch.empty(tokens // mesh.axes["tensor"], arch.hidden_size, dtype=compute, requires_grad=True)
-        shared = [p.to_local() if hasattr(p, "to_local") else p for p in net.parameters()] + [*_tensors(vars(ctx))]
-        known = {t.untyped_storage()._cdata for t in shared}
+        trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        opt, row = build(trained.items(), cfg.optim), a_row(cfg, mesh)
+        net.train()
+        with Ledger() as ledger, ledger.saving(), watched(net, ledger):
+            ledger.tag("host" if cfg.offload.parameters else "parameters", net.parameters())
+            state = [t for tensors in opt.state.values() for t in tensors.values()]
+            ledger.tag("host" if cfg.offload.parameters or cfg.offload.optimizer else "optimizer", state)
+            traffic, last = [], min(cfg.train.accumulate, 3)  # the first micro-batch, all between, and the last
+            for i in range(last):
+                last_backward(net, i == last - 1, cfg.parallel)
+                loss = lm.loss(net, row, 1.0)
+                ledger.mark("head, forward")
+                loss.backward()
+                ledger.mark("embedding, backward")
+                ledger.tag("host" if cfg.offload.parameters else "gradients", [p.grad for p in trained.values()])
+                traffic.append(dict(ledger.traffic))
+                del loss
+            clip(trained.values(), cfg.optim.max_norm)
+            ledger.mark("clipping")
+            set_lr(opt, cfg.optim.lr)
+            opt.step()
+            ledger.mark("optimizer")
+            opt.zero_grad(set_to_none=True)
+        between = max(0, cfg.train.accumulate - last)
+        received = dict(ledger.traffic)
+        if between:
+            received = {name: n + between * (traffic[1].get(name, 0) - traffic[0].get(name, 0)) for name, n in received.items()}
+        return Profile(ledger.peaks(), by_axis(received, mesh), flops.per_token(net, min(cfg.data.longest, cfg.data.tokens)))
 
-        def pack(t: torch.Tensor) -> torch.Tensor:
-            storage = t.untyped_storage()
-            if storage._cdata not in known:
-                kept[storage._cdata] = (storage.nbytes(), t)
-            return t
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = block(h, ctx)
-        assert out.shape == h.shape
-    return sum(size for size, _ in kept.values())
-
-
-def _tensors(x: object) -> list:
+def a_row(cfg: RunConfig, mesh: Mesh):
+    """A row of one micro-batch as this rank gets it. Its documents are as long as they may be."""
     import torch
 
-    items = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
-    return [x] if isinstance(x, torch.Tensor) else [t for item in items for t in _tensors(item)]
+    from data.batch import Batch
+    from parallel.context import split
+
+    tokens = torch.zeros(cfg.data.tokens, dtype=torch.int64)
+    borders = torch.zeros(1 + cfg.data.tokens // 64, dtype=torch.int32)
+    return split(Batch(tokens, tokens.clone(), tokens.int(), borders, cfg.data.longest), mesh)
 
 
-def plan(cfg: RunConfig, arch: Arch, mesh: Mesh) -> Plan:
-    """Raises: ConfigError, if the layout does not fit the model."""
-    from kernels.linear_logprob import BUDGET
+@contextlib.contextmanager
+def watched(net: Decoder, ledger: Ledger) -> Iterator[None]:
+    """Marks where a forward and a backward pass enters and leaves the first and the last block."""
+    blocks, hooks = net.model.layers, []
+    names = {0: "first block", len(blocks) - 1: "last block"}
+
+    def entered(i: int, h) -> None:
+        ledger.mark("embedding, forward" if i == 0 else names.get(i - 1, "blocks between") + ", forward")
+        if h.requires_grad:
+            h.register_hook(lambda grad, name=names.get(i, "blocks between"): ledger.mark(f"{name}, backward"))
+
+    def left(h) -> None:
+        ledger.mark("last block, forward")
+        if h.requires_grad:
+            h.register_hook(lambda grad: ledger.mark("head, backward"))
+
+    for i, block in enumerate(blocks):
+        hooks.append(block.register_forward_pre_hook(lambda _, args, i=i: entered(i, args[0])))
+    hooks.append(blocks[-1].register_forward_hook(lambda _, args, out: left(out)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def by_axis(traffic: dict[str, int], mesh: Mesh) -> dict[str, int]:
+    """Bytes by axis instead of by group. Groups that FSDP2 made itself count for the axis it shards over."""
+    names = {view[axis].get_group().group_name: axis for view in (mesh.tokens, mesh.weights) for axis in view.mesh_dim_names}
+    found: dict[str, int] = defaultdict(int)
+    for group, size in traffic.items():
+        found[names.get(group, "fsdp")] += size
+    return {axis: size for axis, size in found.items() if size}
+
+
+# -- from few layers to all ------------------------------------------------------------------------------------------------
+
+
+def shortened(arch: Arch, layers: int) -> Arch:
+    return replace(arch, layers=(arch.layers * -(-layers // len(arch.layers)))[:layers])
+
+
+def period(cfg: RunConfig, arch: Arch, mesh: Mesh) -> int:
+    """After how many layers memory and traffic repeat."""
+    every = cfg.recompute.every if cfg.recompute.kind == "every_n" else 1
+    kinds = next((n for n in range(1, 13) if all(a == b for a, b in zip(arch.layers, arch.layers[n:]))), 1)
+    return math.lcm(every, kinds if mesh.axes["context"] > 1 else 1)  # windows change what context ranks exchange, nothing else
+
+
+def plan(cfg: RunConfig, arch: Arch, mesh: Mesh, layers: int | None = None) -> Plan:
+    """The plan for `layers` layers (default: all), from two models of few.
+
+    Raises:
+        ConfigError: the layout does not fit the model.
+    """
     from parallel.apply import check
 
     check(cfg, mesh.axes, arch, cfg.data.tokens, cfg.lora)
-    if mesh.axes["context"] > 1:
-        raise ConfigError("is not planned yet; plan with parallel.context=1", "parallel.context", mesh.axes["context"])
-    total, block = weights(cfg, arch, mesh)
-    tensor, copies, fsdp = mesh.axes["tensor"], mesh.axes["replicate"], mesh.weights["fsdp"].size()
-    wide, layers = dtypes(cfg.precision, mesh.device)[0].itemsize, arch.num_hidden_layers
-    hidden = cfg.data.tokens * arch.hidden_size * wide
-    saved, full = saved_by_block(cfg, arch, mesh, cfg.data.tokens), cfg.recompute.kind == "full"
-    vocabulary = -(-arch.vocab_size // tensor) * arch.hidden_size * 4 if cfg.lora is None else 0
-    root = total.gathered - layers * block.gathered
-    gathered = (root + 2 * block.gathered) * wide + block.gathered_trained * (wide + 4) if fsdp * copies > 1 else 0
-    k = cfg.train.accumulate
-    return Plan(
-        parameters=total.held,
-        gradients=total.trained,
-        optimizer=2 * total.trained + 4 * total.tensors,
-        activations=layers * hidden // tensor + saved if full else layers * saved,
-        gathered=gathered,
-        head=2 * hidden + vocabulary + 2 * BUDGET["cuda"],
-        communication={
-            "fsdp": k * (2 * total.gathered * wide + 4 * total.gathered_trained) * (fsdp - 1) // fsdp,
-            "replicate": 2 * 4 * (total.gathered_trained // fsdp) * (copies - 1) // copies,
-            "tensor": k * 4 * layers * (3 if full else 2) * hidden * (tensor - 1) // tensor,
-        },
+    layers, step = layers or arch.num_hidden_layers, period(cfg, arch, mesh)
+    few = step * -(-max(2, cfg.parallel.prefetch + 1) // step)
+    cfg = replace(cfg, compile=None, recompute=replace(cfg.recompute, kind="none") if cfg.recompute.kind == "budget" else cfg.recompute)
+    if layers <= few + step:
+        few, step = layers, 1
+    dry_step(cfg, shortened(arch, few), mesh)
+    less = dry_step(cfg, shortened(arch, few), mesh)
+    if layers == few:
+        return Plan.of(less)
+    return Plan.of(less.line(dry_step(cfg, shortened(arch, few + step), mesh), (layers - few) / step))
+
+
+# -- layouts to choose from ------------------------------------------------------------------------------------------------
+
+
+def cost(cfg: RunConfig, arch: Arch, world: int, gpu: Gpu) -> float:
+    """GPU seconds per token, by the estimate that the module docstring states; before anything is planned."""
+    from parallel.mesh import sizes
+
+    axes = sizes(cfg.parallel, world)
+    shared, fsdp = axes["tensor"] * axes["context"], axes["shard"] * axes["context"]
+    hidden, kv = arch.hidden_size, arch.num_key_value_heads * arch.head_dim
+    block = 2 * hidden * (arch.num_attention_heads * arch.head_dim + kv) + 3 * hidden * arch.intermediate_size
+    weights = arch.num_hidden_layers * block + 2 * arch.vocab_size * hidden
+    passes = (3 if cfg.lora is None else 2) + {"none": 0, "full": 1, "selective": 0.9, "every_n": 1 / cfg.recompute.every}.get(
+        cfg.recompute.kind, 0.5
     )
+    length = min(cfg.data.longest, cfg.data.tokens)
+    attention = arch.num_hidden_layers * arch.num_attention_heads * arch.head_dim * length
+    products = passes * 2 * (weights + attention) / (0.5 * gpu.flops)  # per token
+    rows = cfg.data.tokens * cfg.train.accumulate  # of one group of ranks that share rows, per step
+
+    def wire(ranks: int, span: int) -> float:
+        return (ranks - 1) / ranks / (gpu.link if span <= NODE else gpu.network)
+
+    trained = 0 if cfg.lora is not None else 4 * weights
+    gathering = cfg.train.accumulate * (4 * weights + trained) / axes["tensor"] * wire(fsdp, fsdp * axes["tensor"])
+    copies = 2 * trained / axes["tensor"] / fsdp * wire(axes["replicate"], world)
+    exchanges = 4 + 2 * (passes > 3 or (cfg.lora is not None and passes > 2))
+    tensor = arch.num_hidden_layers * exchanges * rows / axes["context"] * hidden * 2 * wire(axes["tensor"], axes["tensor"])
+    context = arch.num_hidden_layers * 3 * rows * 2 * kv / axes["tensor"] * 2 * wire(axes["context"], shared)
+    return (max(products * rows / shared, gathering) + copies + tensor + context) * shared / rows
 
 
-def advice(cfg: RunConfig, mesh: Mesh) -> str:
-    """What to change where a plan does not fit, the cheapest first."""
-    ways = ['recompute.kind = "full"'] if cfg.recompute.kind == "none" else []
-    ways += ["parallel.replicate = 1"] if mesh.axes["replicate"] > 1 else []
-    ways += [
-        f"data.tokens = {cfg.data.tokens // 2} with train.accumulate = {2 * cfg.train.accumulate}",
-        "more ranks, or a larger parallel.tensor",
-    ]
-    return "; ".join(ways)
+def candidates(cfg: RunConfig, arch: Arch, world: int, gpu: Gpu) -> list[tuple[float, list[str], RunConfig]]:
+    """Legal layouts and recomputations, the cheapest first, with the words that set them."""
+    from parallel.apply import check
+    from parallel.mesh import sizes
+
+    found = []
+    powers = [n for n in (1, 2, 4, 8, 16) if world % n == 0]
+    for tensor in (n for n in powers if n <= NODE):
+        for context in powers:
+            for replicate in sorted({1, world // NODE} if world % NODE == 0 else {1}):
+                if world % (tensor * context * replicate):
+                    continue
+                shard = world // (tensor * context * replicate)
+                layout = replace(cfg.parallel, tensor=tensor, context=context, replicate=replicate, shard=shard, context_method="auto")
+                for kind in ("none", "selective", "full"):
+                    one = replace(cfg, parallel=layout, recompute=replace(cfg.recompute, kind=kind))
+                    with contextlib.suppress(ConfigError):  # a layout that is not legal for this model is no candidate
+                        check(one, sizes(layout, world), arch, cfg.data.tokens, cfg.lora)
+                        axes = {"replicate": replicate, "shard": shard, "context": context, "tensor": tensor}
+                        words = [f"--parallel.{axis}={n}" for axis, n in axes.items()] + [f"--recompute.kind={kind}"]
+                        found.append((cost(one, arch, world, gpu), words, one))
+    return sorted(found, key=lambda each: each[0])
 
 
-def suggestions(cfg: RunConfig, arch: Arch, world: int, room: int) -> list[tuple[int, str, Plan]]:
-    """(bytes received for as many rows as ranks, what to set, its plan) of the layouts that need at most `room`, the least traffic first.
-
-    Tried: tensor within a node of 8, one copy of the weights or one a node, blocks recomputed or not.
-    """
+def suggestions(cfg: RunConfig, arch: Arch, world: int, gpu: Gpu, room: int, many: int = 3) -> list[tuple[float, list[str], Plan]]:
+    """The cheapest layouts whose plans need at most `room` bytes of each rank."""
     import torch
 
     from parallel.mesh import Mesh
 
-    found = []
-    for tensor in (n for n in (1, 2, 4, 8) if world % n == 0):
-        for copies in {1, world // 8} if world % 8 == 0 else {1}:
-            if world % (tensor * copies):
-                continue
-            layout = replace(cfg.parallel, tensor=tensor, replicate=copies, shard=world // (tensor * copies), context=1)
-            mesh = Mesh.build(layout, torch.device("cpu"))
-            for kind in ("none", "full"):
-                one = replace(cfg, parallel=layout, recompute=replace(cfg.recompute, kind=kind))
-                try:
-                    planned = plan(one, arch, mesh)
-                except ConfigError:  # the layout is not legal for this model
-                    continue
-                keys = f"--parallel.replicate={copies} --parallel.shard={layout.shard} --parallel.tensor={tensor} --recompute.kind={kind}"
-                found.append((tensor * sum(planned.communication.values()), keys, planned))  # tensor ranks share a row
-    return sorted((one for one in found if one[2].peak <= room), key=lambda one: (one[0], one[2].peak))
+    found, failed = [], set()
+    for price, words, one in candidates(cfg, arch, world, gpu):
+        layout, kind = tuple(words[:-1]), one.recompute.kind
+        if (layout, "full") in failed or (layout, kind) in failed:
+            continue
+        planned = plan(one, arch, Mesh.build(one.parallel, torch.device("cpu")))
+        if planned.peak <= room:
+            found.append((price, words, planned))
+        else:
+            failed.add((layout, kind))
+            if planned.parameters + planned.gradients + planned.optimizer > room:
+                failed.add((layout, "full"))
+        if len(found) == many:
+            break
+    return found
 
 
-def run(cfg: RunConfig, world: int, gpu: str, folder: str | None, suggest: bool) -> None:
-    import torch
+def advice(cfg: RunConfig, mesh: Mesh) -> str:
+    """What to change where a plan does not fit, the cheapest first."""
+    ways = [f'recompute.kind = "{kind}"' for kind in ("selective", "full") if cfg.recompute.kind in ("none", "selective")]
+    ways = [way for way in ways if cfg.recompute.kind not in way]
+    ways += ["tiling.mlp = 2048"] if cfg.data.tokens >= 16384 and not cfg.tiling.mlp else []
+    ways += ['offload.activations = "hidden_states"'] if cfg.recompute.kind == "full" and cfg.offload.activations == "none" else []
+    ways += ["parallel.replicate = 1"] if mesh.axes["replicate"] > 1 else []
+    if cfg.data.tokens // 2 >= cfg.data.longest:
+        ways += [f"data.tokens = {cfg.data.tokens // 2} with train.accumulate = {2 * cfg.train.accumulate}"]
+    else:
+        ways += [f"parallel.context = {2 * mesh.axes['context']}"]
+    ways += ["offload.parameters = true"] if not cfg.offload.parameters else []
+    return "; ".join([*ways, "more ranks (--suggest tries layouts)"])
+
+
+# -- the command -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def fake_ranks(world: int) -> Iterator[None]:
+    """A process group of `world` ranks of which this is rank 0 and the others are not there."""
     import torch.distributed as dist
-
-    from model.arch import Arch
-    from model.hub import fetch
-    from parallel.mesh import Mesh, sizes
 
     try:
         from torch.testing._internal.distributed.fake_pg import FakeStore
     except ImportError as e:  # a private module of torch
         raise ConfigError(f"this version of torch has no fake process group, which planning needs ({e})") from None
-    if not suggest:
-        sizes(cfg.parallel, world)
-    room = int(0.9 * GPU_GB[gpu] * 10**9)
-    arch = Arch.from_folder(folder or fetch(cfg.model.path, cfg.model.revision))
-    if cfg.precision.compute == "auto":
-        cfg = replace(cfg, precision=replace(cfg.precision, compute="bf16"))
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def on_a_gpu(cfg: RunConfig) -> RunConfig:
+    """`precision.compute = "auto"` as a GPU has it."""
+    return replace(cfg, precision=replace(cfg.precision, compute="bf16")) if cfg.precision.compute == "auto" else cfg
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def run(cfg: RunConfig, world: int, name: str, folder: str | None, suggest: bool) -> None:
+    import torch
+
+    from model.arch import Arch
+    from model.hub import fetch
+    from parallel.mesh import Mesh, sizes
+
+    if not suggest:
+        sizes(cfg.parallel, world)
+    gpu = GPUS[name]
+    room = int(0.9 * gpu.memory * 10**9)
+    arch, cfg = Arch.from_folder(folder or fetch(cfg.model.path, cfg.model.revision)), on_a_gpu(cfg)
+    with fake_ranks(world):
         if suggest:
-            ways = suggestions(cfg, arch, world, room)
-            print(
-                f"layouts of {world} ranks that fit {gpu}, the least traffic first:" if ways else f"no layout of {world} ranks fits {gpu}"
-            )
-            for traffic, keys, one in ways[:3]:
-                print(f"  {keys}   peak {one.peak / 2**30:.2f} GiB, receives {traffic / 2**30:.2f} GiB for a row per rank")
+            ways = suggestions(cfg, arch, world, gpu, room)
+            print(f"layouts of {world} ranks that fit {name}, the cheapest first:" if ways else f"no layout of {world} ranks fits {name}")
+            for price, words, one in ways:
+                print(f"  {' '.join(words)}   peak {gib(one.peak)} GiB, cost {price / ways[0][0]:.2f}")
             return
         mesh = Mesh.build(cfg.parallel, torch.device("cpu"))
         found = plan(cfg, arch, mesh)
-        print(f"{arch.name or arch.family} on {world} ranks; {mesh.describe()}; GiB per rank:")
-        for name in ("parameters", "gradients", "optimizer", "activations", "gathered", "head", "peak"):
-            print(f"  {name:12} {getattr(found, name) / 2**30:9.2f}")
-        print("received per step, GiB: " + ", ".join(f"{axis} {size / 2**30:.2f}" for axis, size in found.communication.items()))
-        fits = found.peak <= room
-        print(
-            f"{'fits' if fits else 'does not fit'} {gpu} ({GPU_GB[gpu]} GB, of which 90 % are used)"
-            + ("" if fits else f"; try {advice(cfg, mesh)}")
-        )
-    finally:
-        dist.destroy_process_group()
+    print(f"{arch.name or arch.family} on {world} ranks; {mesh.describe()}; GiB per rank at the peak ({found.moment}):")
+    for kind in (*KINDS, "peak"):
+        print(f"  {kind:12} {gib(getattr(found, kind)):>9}")
+    if found.host:
+        print(f"  {'host memory':12} {gib(found.host):>9}")
+    print("received per step, GiB: " + (", ".join(f"{axis} {gib(size)}" for axis, size in found.traffic.items()) or "nothing"))
+    fits = found.peak <= room
+    print(f"{'fits' if fits else 'does not fit'} {name} ({gpu.memory} GB, of which 90 % are used)" + ("" if fits else f"; try {advice(cfg, mesh)}"))
 
 
 @command
@@ -267,11 +404,11 @@ def main(argv: list[str]) -> None:
     options.add_argument("--arch")
     options.add_argument("--suggest", action="store_true")
     args, rest = options.parse_known_args(argv)
-    cfg = parse_args(RunConfig, rest, prog="python -m tools.plan --world N [--gpu NAME] [--arch FOLDER]", about=ABOUT)
+    cfg = parse_args(RunConfig, rest, prog="python -m tools.plan --world N [--gpu NAME] [--arch FOLDER] [--suggest]", about=ABOUT)
     if not args.world.isdecimal() or int(args.world) < 1:
         raise ConfigError("must be a number of ranks", "--world", args.world)
-    if args.gpu not in GPU_GB:
-        raise ConfigError(f"is not known; known: {', '.join(GPU_GB)}", "--gpu", args.gpu)
+    if args.gpu not in GPUS:
+        raise ConfigError(f"is not known; known: {', '.join(GPUS)}", "--gpu", args.gpu)
     run(cfg, int(args.world), args.gpu, args.arch, args.suggest)
 
 
