@@ -15,7 +15,8 @@ allocator (`torch.cuda.max_memory_allocated`), with which this is meant to agree
 Kinds: what `tag` says; `gathered`, storages that are emptied and filled; `activations`, what autograd keeps for the backward
 pass; `temporary`, the rest. Kind `host` is memory elsewhere: it counts for itself, not for the peak.
 
-Collectives are entered in `traffic`: bytes that this rank receives, by group name, each collective moving (n - 1) / n of the whole.
+Collectives are entered in `traffic`: bytes that this rank receives, by namespace of the operator and name of the group (axes may
+share a group, but FSDP2 calls `c10d` and models call `_c10d_functional`), each collective moving (n - 1) / n of the whole.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Ledger(TorchDispatchMode):
         self.live: dict[int, Entry] = {}
         self.entries: list[Entry] = []
         self.marks: list[tuple[str, int]] = []
-        self.traffic: dict[str, int] = defaultdict(int)
+        self.traffic: dict[tuple[str, str], int] = defaultdict(int)
         self.received = received or {}
 
     def _set(self, entry: Entry, size: int) -> None:
@@ -154,23 +155,23 @@ class Ledger(TorchDispatchMode):
             return NotImplemented  # its own handler comes first, and what it calls comes here
         out = func(*args, **(kwargs or {}))
         if func.namespace in ("c10d", "_c10d_functional") or func._schema.name in self.received:
-            self._collective(func._schema.name, args, out)
+            self._collective(func.namespace, func._schema.name, args, out)
         for t in tree_leaves(out):
             if isinstance(t, Tensor):
                 self.entry(t)
         return out
 
-    def _collective(self, name: str, args: tuple, out: object) -> None:
+    def _collective(self, namespace: str, name: str, args: tuple, out: object) -> None:
         group = next((found for a in reversed(args) if (found := group_name(a))), None)
         if group is None:  # it only waits
             return
         n = dist.distributed_c10d._resolve_process_group(group).size()
         if name in self.received:
-            self.traffic[group] += self.received[name](args, n)
+            self.traffic[namespace, group] += self.received[name](args, n)
             return
         inputs, outputs = ([t.nbytes for t in tree_leaves(x) if isinstance(t, Tensor)] for x in (args, out))
         whole = max(inputs + outputs) * (2 if "all_reduce" in name or "allreduce" in name else 1)
-        self.traffic[group] += whole * (n - 1) // n
+        self.traffic[namespace, group] += whole * (n - 1) // n
 
 
 def group_name(x: object) -> str | None:

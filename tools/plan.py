@@ -81,7 +81,8 @@ class Profile:
         def at(a: dict, b: dict) -> dict:
             return {key: a.get(key, 0) + (b.get(key, 0) - a.get(key, 0)) * x for key in a | b}
 
-        moments = {name: at(self.moments.get(name, {}), found) for name, found in other.moments.items()}
+        # the blocks between are not in the shorter model, and never at the peak of the longer one
+        moments = {name: at(found, other.moments[name]) for name, found in self.moments.items() if name in other.moments}
         return Profile(moments, at(self.traffic, other.traffic), self.flops + (other.flops - self.flops) * x)
 
 
@@ -115,10 +116,20 @@ class Plan:
 
 
 def dry_step(cfg: RunConfig, arch: Arch, mesh: Mesh) -> Profile:
-    """Runs a step of rank 0 with all layers of `arch`; call it once before for the same shapes, as DTensor's first look at each
-    operator makes tensors of its own."""
-    import torch
+    """A step of rank 0 with all layers of `arch`, on fake tensors. Call it twice where parameters are new: DTensor's first look at
+    each operator makes tensors of its own."""
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    net, _ = assemble(cfg, arch, mesh)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net.to_empty(device="cpu")
+        net.reset_buffers("cpu")
+        return measured_step(cfg, net, mesh)
+
+
+def measured_step(cfg: RunConfig, net: Decoder, mesh: Mesh) -> Profile:
+    """What a step of this rank holds and receives; `net` has memory, fake or real."""
+    import torch
 
     from model import flops
     from objective import lm
@@ -127,38 +138,38 @@ def dry_step(cfg: RunConfig, arch: Arch, mesh: Mesh) -> Profile:
     from parallel.fsdp import last_backward
     from runtime.memory import Ledger
 
-    net, _ = assemble(cfg, arch, mesh)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        net.to_empty(device="cpu")
-        net.reset_buffers("cpu")
-        trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
-        opt, row = build(trained.items(), cfg.optim), a_row(cfg, mesh)
-        net.train()
-        with Ledger() as ledger, ledger.saving(), watched(net, ledger):
-            ledger.tag("host" if cfg.offload.parameters else "parameters", net.parameters())
-            state = [t for tensors in opt.state.values() for t in tensors.values()]
-            ledger.tag("host" if cfg.offload.parameters or cfg.offload.optimizer else "optimizer", state)
-            traffic, last = [], min(cfg.train.accumulate, 3)  # the first micro-batch, all between, and the last
-            for i in range(last):
-                last_backward(net, i == last - 1, cfg.parallel)
-                loss = lm.loss(net, row, 1.0)
-                ledger.mark("head, forward")
-                loss.backward()
-                ledger.mark("embedding, backward")
-                ledger.tag("host" if cfg.offload.parameters else "gradients", [p.grad for p in trained.values()])
-                traffic.append(dict(ledger.traffic))
-                del loss
-            clip(trained.values(), cfg.optim.max_norm)
-            ledger.mark("clipping")
-            set_lr(opt, cfg.optim.lr)
-            opt.step()
-            ledger.mark("optimizer")
-            opt.zero_grad(set_to_none=True)
-        between = max(0, cfg.train.accumulate - last)
-        received = dict(ledger.traffic)
-        if between:
-            received = {name: n + between * (traffic[1].get(name, 0) - traffic[0].get(name, 0)) for name, n in received.items()}
-        return Profile(ledger.peaks(), by_axis(received, mesh), flops.per_token(net, min(cfg.data.longest, cfg.data.tokens)))
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    opt, row = build(trained.items(), cfg.optim), a_row(cfg, mesh)
+    net.train()
+    for p in trained.values():  # DTensor looks at each new list of tensors once, with tensors of its own that are no run's
+        p.grad = torch.zeros_like(p)
+    clip(trained.values(), cfg.optim.max_norm)
+    opt.step()
+    opt.zero_grad(set_to_none=True)
+    with Ledger() as ledger, ledger.saving(), watched(net, ledger):
+        ledger.tag("host" if cfg.offload.parameters else "parameters", net.parameters())
+        state = [t for tensors in opt.state.values() for t in tensors.values()]
+        ledger.tag("host" if cfg.offload.parameters or cfg.offload.optimizer else "optimizer", state)
+        traffic, last = [], min(cfg.train.accumulate, 3)  # the first micro-batch, one between, and the last
+        for i in range(last):
+            last_backward(net, i == last - 1, cfg.parallel)
+            loss = lm.loss(net, row, 1.0)
+            ledger.mark("head, forward")
+            loss.backward()
+            ledger.mark("embedding, backward")
+            ledger.tag("host" if cfg.offload.parameters else "gradients", [p.grad for p in trained.values()])
+            traffic.append(dict(ledger.traffic))
+            del loss
+        clip(trained.values(), cfg.optim.max_norm)
+        ledger.mark("clipping")
+        set_lr(opt, cfg.optim.lr)
+        opt.step()
+        ledger.mark("optimizer")
+        opt.zero_grad(set_to_none=True)
+    received, more = dict(ledger.traffic), cfg.train.accumulate - last
+    if more:
+        received = {name: n + more * (traffic[1].get(name, 0) - traffic[0].get(name, 0)) for name, n in received.items()}
+    return Profile(ledger.peaks(), by_axis(received, mesh), flops.per_token(net, min(cfg.data.longest, cfg.data.tokens)))
 
 
 def a_row(cfg: RunConfig, mesh: Mesh):
@@ -168,9 +179,10 @@ def a_row(cfg: RunConfig, mesh: Mesh):
     from data.batch import Batch
     from parallel.context import split
 
-    tokens = torch.zeros(cfg.data.tokens, dtype=torch.int64)
-    borders = torch.zeros(1 + cfg.data.tokens // 64, dtype=torch.int32)
-    return split(Batch(tokens, tokens.clone(), tokens.int(), borders, cfg.data.longest), mesh)
+    slots, longest = cfg.data.tokens, cfg.data.longest
+    tokens = torch.zeros(slots, dtype=torch.int64)
+    borders = (torch.arange(max(64, slots // 64), dtype=torch.int32) * longest).clamp(max=slots)
+    return split(Batch(tokens, tokens.clone(), tokens.int(), borders, longest), mesh)
 
 
 @contextlib.contextmanager
@@ -180,9 +192,10 @@ def watched(net: Decoder, ledger: Ledger) -> Iterator[None]:
     names = {0: "first block", len(blocks) - 1: "last block"}
 
     def entered(i: int, h) -> None:
-        ledger.mark("embedding, forward" if i == 0 else names.get(i - 1, "blocks between") + ", forward")
+        name, before = names.get(i, "blocks between"), names.get(i - 1, "blocks between")
+        ledger.mark(f"{before}, forward" if i else "embedding, forward")
         if h.requires_grad:
-            h.register_hook(lambda grad, name=names.get(i, "blocks between"): ledger.mark(f"{name}, backward"))
+            h.register_hook(lambda grad: ledger.mark(f"{name}, backward"))
 
     def left(h) -> None:
         ledger.mark("last block, forward")
@@ -199,12 +212,13 @@ def watched(net: Decoder, ledger: Ledger) -> Iterator[None]:
             hook.remove()
 
 
-def by_axis(traffic: dict[str, int], mesh: Mesh) -> dict[str, int]:
-    """Bytes by axis instead of by group. Groups that FSDP2 made itself count for the axis it shards over."""
-    names = {view[axis].get_group().group_name: axis for view in (mesh.tokens, mesh.weights) for axis in view.mesh_dim_names}
+def by_axis(traffic: dict[tuple[str, str], int], mesh: Mesh) -> dict[str, int]:
+    """Bytes by axis instead of by namespace and group. Groups that FSDP2 made itself count for the axis it shards over."""
+    names = {view: {view[axis].get_group().group_name: axis for axis in view.mesh_dim_names} for view in (mesh.weights, mesh.tokens)}
     found: dict[str, int] = defaultdict(int)
-    for group, size in traffic.items():
-        found[names.get(group, "fsdp")] += size
+    for (namespace, group), size in traffic.items():
+        mine, other = (names[mesh.weights], names[mesh.tokens]) if namespace == "c10d" else (names[mesh.tokens], names[mesh.weights])
+        found[mine.get(group) or other.get(group, "fsdp")] += size
     return {axis: size for axis, size in found.items() if size}
 
 
@@ -393,7 +407,10 @@ def run(cfg: RunConfig, world: int, name: str, folder: str | None, suggest: bool
         print(f"  {'host memory':12} {gib(found.host):>9}")
     print("received per step, GiB: " + (", ".join(f"{axis} {gib(size)}" for axis, size in found.traffic.items()) or "nothing"))
     fits = found.peak <= room
-    print(f"{'fits' if fits else 'does not fit'} {name} ({gpu.memory} GB, of which 90 % are used)" + ("" if fits else f"; try {advice(cfg, mesh)}"))
+    print(
+        f"{'fits' if fits else 'does not fit'} {name} ({gpu.memory} GB, of which 90 % are used)"
+        + ("" if fits else f"; try {advice(cfg, mesh)}")
+    )
 
 
 @command
