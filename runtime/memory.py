@@ -31,6 +31,7 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -153,6 +154,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # its own handler comes first, and what it calls comes here
+        if func is torch.ops._c10d_functional.wait_tensor.default and isinstance(args[0], FakeTensor):
+            return args[0]  # as a real one does; the fake kernel makes another tensor
         out = func(*args, **(kwargs or {}))
         if func.namespace in ("c10d", "_c10d_functional") or func._schema.name in self.received:
             self._collective(func.namespace, func._schema.name, args, out)

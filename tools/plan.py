@@ -4,10 +4,10 @@
 
 A fake process group of that size lets rank 0 of the run build and shard the model (`train.assemble`) and take a whole step on fake
 tensors, which have shapes and no memory: forward, backward, clipping, optimizer, with the collectives, recomputation, tiling and
-offloading of the run. A ledger (runtime/memory.py) enters what lives when. Layers are alike, so a model of few layers is run twice,
-the second time with one period more, and each quantity follows on the line through both. The peak is found by moment: the first and
-the last block's forward and backward, the head's, the embedding's, clipping, the optimizer. Between them memory changes evenly, so
-that the largest of them is the largest of all.
+offloading of the run. A ledger (runtime/memory.py) enters what lives when. Layers are alike, so models of 3 and of 4 layers are run
+(of more, where recomputation or prefetching has a longer period), and each quantity follows on the line through both. The peak is
+found by moment: forward and backward of the first two blocks and of the last one, of the embedding and of the head, clipping, the
+optimizer. From the second block to the last memory changes evenly, so the largest of these is the largest of all.
 
 The numbers are of eager blocks in `precision.compute` (`auto`: bf16), with the attention kernel's fake version, which saves what the
 real one saves. What [compile] saves is not counted. The CUDA context, NCCL's buffers and fragmentation are not in them: 10 % of the
@@ -63,6 +63,7 @@ GPUS = {
     "rtx4090": Gpu(24, 165e12, 25e9, 25e9),
 }
 ABOUT = "What a config needs of each GPU at any number of ranks (--world N, --gpu NAME, --arch FOLDER), without GPUs, weights or data."
+BETWEEN = "blocks between"
 KINDS = ("parameters", "gradients", "optimizer", "activations", "gathered", "temporary")
 
 
@@ -81,8 +82,7 @@ class Profile:
         def at(a: dict, b: dict) -> dict:
             return {key: a.get(key, 0) + (b.get(key, 0) - a.get(key, 0)) * x for key in a | b}
 
-        # the blocks between are not in the shorter model, and never at the peak of the longer one
-        moments = {name: at(found, other.moments[name]) for name, found in self.moments.items() if name in other.moments}
+        moments = {name: at(found, other.moments[name]) for name, found in self.moments.items() if not name.startswith(BETWEEN)}
         return Profile(moments, at(self.traffic, other.traffic), self.flops + (other.flops - self.flops) * x)
 
 
@@ -146,7 +146,7 @@ def measured_step(cfg: RunConfig, net: Decoder, mesh: Mesh) -> Profile:
     clip(trained.values(), cfg.optim.max_norm)
     opt.step()
     opt.zero_grad(set_to_none=True)
-    with Ledger() as ledger, ledger.saving(), watched(net, ledger):
+    with Ledger() as ledger, ledger.saving(), watched(net, ledger, cfg.parallel.prefetch):
         ledger.tag("host" if cfg.offload.parameters else "parameters", net.parameters())
         state = [t for tensors in opt.state.values() for t in tensors.values()]
         ledger.tag("host" if cfg.offload.parameters or cfg.offload.optimizer else "optimizer", state)
@@ -157,7 +157,7 @@ def measured_step(cfg: RunConfig, net: Decoder, mesh: Mesh) -> Profile:
             ledger.mark("head, forward")
             loss.backward()
             ledger.mark("embedding, backward")
-            ledger.tag("host" if cfg.offload.parameters else "gradients", [p.grad for p in trained.values()])
+            ledger.tag("host" if cfg.offload.parameters else "gradients", [p.grad for p in trained.values() if p.grad is not None])
             traffic.append(dict(ledger.traffic))
             del loss
         clip(trained.values(), cfg.optim.max_norm)
@@ -186,13 +186,14 @@ def a_row(cfg: RunConfig, mesh: Mesh):
 
 
 @contextlib.contextmanager
-def watched(net: Decoder, ledger: Ledger) -> Iterator[None]:
-    """Marks where a forward and a backward pass enters and leaves the first and the last block."""
+def watched(net: Decoder, ledger: Ledger, ahead: int) -> Iterator[None]:
+    """Marks where a forward and a backward pass goes from block to block. Those are told apart whose neighbours differ: the last, and
+    the first ones, for which `ahead` blocks cannot be gathered ahead in the backward pass."""
     blocks, hooks = net.model.layers, []
-    names = {0: "first block", len(blocks) - 1: "last block"}
+    names = {i: f"block {i + 1}" for i in range(1 + ahead)} | {len(blocks) - 1: "last block"}
 
     def entered(i: int, h) -> None:
-        name, before = names.get(i, "blocks between"), names.get(i - 1, "blocks between")
+        name, before = names.get(i, BETWEEN), names.get(i - 1, BETWEEN)
         ledger.mark(f"{before}, forward" if i else "embedding, forward")
         if h.requires_grad:
             h.register_hook(lambda grad: ledger.mark(f"{name}, backward"))
@@ -219,6 +220,7 @@ def by_axis(traffic: dict[tuple[str, str], int], mesh: Mesh) -> dict[str, int]:
     for (namespace, group), size in traffic.items():
         mine, other = (names[mesh.weights], names[mesh.tokens]) if namespace == "c10d" else (names[mesh.tokens], names[mesh.weights])
         found[mine.get(group) or other.get(group, "fsdp")] += size
+    found["fsdp"] += found.pop("data", 0)  # the same ranks, or those of them that share no row: norms of gradients
     return {axis: size for axis, size in found.items() if size}
 
 
@@ -246,7 +248,7 @@ def plan(cfg: RunConfig, arch: Arch, mesh: Mesh, layers: int | None = None) -> P
 
     check(cfg, mesh.axes, arch, cfg.data.tokens, cfg.lora)
     layers, step = layers or arch.num_hidden_layers, period(cfg, arch, mesh)
-    few = step * -(-max(2, cfg.parallel.prefetch + 1) // step)
+    few = step * -(-(2 + cfg.parallel.prefetch) // step)
     cfg = replace(cfg, compile=None, recompute=replace(cfg.recompute, kind="none") if cfg.recompute.kind == "budget" else cfg.recompute)
     if layers <= few + step:
         few, step = layers, 1
