@@ -311,3 +311,16 @@ def _gradients(ctx, grad, _):
 
 _ring.register_autograd(_gradients, setup_context=_keep)
 RING = torch.ops.salamander.ring.default  # what selective recomputation keeps when it keeps attention
+
+
+def _received(args: tuple, ranks: int) -> int:
+    return (ranks - 1) * (args[1].nbytes + args[2].nbytes)
+
+
+def _received_backward(args: tuple, ranks: int) -> int:
+    keys, wide = args[2], args[5].dtype
+    return (ranks - 1) * 2 * keys.nbytes + ranks * 2 * keys.numel() * wide.itemsize
+
+
+# Bytes that a rank receives, by operator, from its arguments and the number of ranks: nobody else sees what goes around.
+RECEIVED = {"salamander::ring": _received, "salamander::ring_backward": _received_backward}

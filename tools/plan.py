@@ -135,6 +135,7 @@ def measured_step(cfg: RunConfig, net: Decoder, mesh: Mesh) -> Profile:
     from objective import lm
     from optim.adamw import build, set_lr
     from optim.clip import clip
+    from parallel.context import RECEIVED
     from parallel.fsdp import last_backward
     from runtime.memory import Ledger
 
@@ -146,7 +147,7 @@ def measured_step(cfg: RunConfig, net: Decoder, mesh: Mesh) -> Profile:
     clip(trained.values(), cfg.optim.max_norm)
     opt.step()
     opt.zero_grad(set_to_none=True)
-    with Ledger() as ledger, ledger.saving(), watched(net, ledger, cfg.parallel.prefetch):
+    with Ledger(RECEIVED) as ledger, ledger.saving(), watched(net, ledger, cfg.parallel.prefetch):
         ledger.tag("host" if cfg.offload.parameters else "parameters", net.parameters())
         state = [t for tensors in opt.state.values() for t in tensors.values()]
         ledger.tag("host" if cfg.offload.parameters or cfg.offload.optimizer else "optimizer", state)
@@ -252,7 +253,7 @@ def plan(cfg: RunConfig, arch: Arch, mesh: Mesh, layers: int | None = None) -> P
     cfg = replace(cfg, compile=None, recompute=replace(cfg.recompute, kind="none") if cfg.recompute.kind == "budget" else cfg.recompute)
     if layers <= few + step:
         few, step = layers, 1
-    dry_step(cfg, shortened(arch, few), mesh)
+    dry_step(replace(cfg, train=replace(cfg.train, accumulate=1)), shortened(arch, few), mesh)
     less = dry_step(cfg, shortened(arch, few), mesh)
     if layers == few:
         return Plan.of(less)
