@@ -93,8 +93,8 @@ def real(rank: int, world: int, cfg: RunConfig, folder: Path) -> tuple[plan.Prof
         sum(blocks(local(t).nbytes) for tensors in state for t in tensors.values()),
     )
     runs = [plan.measured_step(cfg, net, mesh) for _ in range(4)][1:]
-    for name, kinds in runs[0].moments.items():  # gloo's threads let go of buffers a little late, if the machine is busy
-        kinds["temporary"] = min(one.moments[name].get("temporary", 0) for one in runs)
+    for moment, kinds in runs[0].moments.items():  # gloo's threads let go of buffers a little late, if the machine is busy
+        kinds["temporary"] = min(one.moments[moment].get("temporary", 0) for one in runs)
     return runs[0], stays
 
 
@@ -122,9 +122,9 @@ def test_fake_ranks_hold_and_receive_what_real_ones_do(folder, toml, axes, more)
     world = torch.tensor(list(axes.values()) or [1]).prod().item()
     want, stays = run(real, world, cfg, folder)[0]
     found = apart(fake, world, cfg, folder)
-    for name, kinds in want.moments.items():
-        late = kinds.pop("temporary") - found.moments[name].pop("temporary", 0)
-        assert -BLOCK <= late <= 0.02 * sum(kinds.values()), name
+    for moment, kinds in want.moments.items():
+        late = kinds.pop("temporary") - found.moments[moment].pop("temporary", 0)
+        assert -BLOCK <= late <= 0.02 * sum(kinds.values()), moment
     assert found.moments == want.moments and len(found.moments) >= 13
     assert found.traffic == want.traffic and (world == 1 or min(found.traffic.values()) > 10_000)
     assert found.flops == want.flops > 1e5
