@@ -20,7 +20,7 @@ def check(cfg: Sections, axes: dict[str, int], arch: Arch, tokens: int, lora: Lo
         ConfigError: no; with the numbers, and the nearest choice that works.
     """
     context.check(arch, axes["context"], axes["tensor"], cfg.parallel.context_method)
-    tensor.check(arch, axes["tensor"])
+    tensor.check(arch, axes["tensor"], axes["shard"] * axes["context"])
     fsdp.check(cfg.parallel, axes)
     shared = [f"parallel.{axis}={axes[axis]}" for axis in ("context", "tensor") if axes[axis] > 1]
     if lora is not None and lora.dropout and shared:

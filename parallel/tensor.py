@@ -19,6 +19,8 @@ follow their linear (`Lora.TP`).
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -83,8 +85,8 @@ class Vocab:
         return gather(padded.T.contiguous(), self.group)[: self.rows].T
 
 
-def check(arch: Arch, size: int) -> None:
-    """Can `size` ranks share this model?
+def check(arch: Arch, size: int, fsdp: int) -> None:
+    """Can `size` ranks share this model, when `fsdp` ranks (shard x context) share what each of them holds?
 
     Raises:
         ConfigError: a dimension does not divide.
@@ -97,6 +99,25 @@ def check(arch: Arch, size: int) -> None:
             )
     if arch.vocab_size <= -(-arch.vocab_size // size) * (size - 1):
         raise ConfigError(f"leaves ranks without rows of the vocabulary ({arch.vocab_size})", "parallel.tensor", size)
+    if not _sizes_agree(arch.vocab_size, size, fsdp):
+        raise ConfigError(
+            f"and shard x context={fsdp} both divide the {arch.vocab_size} rows of the vocabulary unevenly, and torch then loses track of "
+            f"where a rank's rows lie; use a parallel.tensor that divides them, such as {math.gcd(arch.vocab_size, size)}",
+            "parallel.tensor",
+            size,
+        )
+
+
+def _sizes_agree(rows: int, tensor: int, fsdp: int) -> bool:
+    """Are the rows that ranks really hold, cut first over `tensor` and then over `fsdp`, those that torch (2.11 to 2.13) computes for
+    checkpoints? It joins what the tensor ranks of one fsdp rank hold and cuts that evenly."""
+
+    def cut(n: int, parts: int) -> list[int]:
+        each = -(-n // parts)
+        return [max(0, min(each, n - each * i)) for i in range(parts)]
+
+    held = [cut(n, fsdp) for n in cut(rows, tensor)]
+    return all(list(part) == cut(sum(part), tensor) for part in zip(*held))
 
 
 def split(net: nn.Module, mesh: DeviceMesh) -> None:

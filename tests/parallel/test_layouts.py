@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from data.batch import IGNORE, Batch
 from model import build
@@ -24,10 +25,11 @@ from model.arch import Arch
 from model.config import KernelsConfig, LoraConfig
 from model.transforms.lora import apply_lora
 from model.transforms.trainable import apply_trainable
-from model.weights import initialize
+from model.weights import initialize, local, region
 from objective import lm
 from objective.evaluate import evaluate
 from optim.clip import clip
+from parallel import tensor
 from parallel.apply import parallelize
 from parallel.config import ParallelConfig, RecomputeConfig
 from parallel.context import split
@@ -284,3 +286,22 @@ def test_evaluation_has_no_dropout_and_leaves_training_on(folder):
     assert loss == pytest.approx(want, rel=1e-6)
     with_dropout = sum(-float(net(b).detach().sum()) for b in batches) / sum(map(lm.count, batches))
     assert abs(with_dropout - want) > 1e-3
+
+
+def where(rank: int, world: int, size: int, fsdp: int, rows: int) -> bool:
+    """Does torch say of this rank's rows of a matrix, cut over tensor and then over fsdp ranks, what they are?"""
+    mesh = Mesh.build(ParallelConfig(shard=fsdp, tensor=size), torch.device("cpu"))
+    head = nn.Module()
+    head.weight = nn.Parameter(torch.arange(2.0 * rows).view(rows, 2))
+    tensor._place(head, {"weight": 0}, mesh.weights["tensor"])
+    fully_shard(head, mesh=mesh.weights["fsdp"])
+    mine, at = local(head.weight), region(head.weight)
+    return mine.shape[0] == at[0].stop - at[0].start and torch.equal(mine[:, 0], 2.0 * torch.arange(at[0].start, at[0].stop))
+
+
+UNEVEN = [(2, 4, 97, False), (2, 4, 100, True), (2, 2, 97, True), (4, 2, 51, True)]
+
+
+@pytest.mark.parametrize(("size", "fsdp", "rows", "agree"), UNEVEN, ids=str)
+def test_vocabularies_that_two_axes_cut_unevenly(size, fsdp, rows, agree):
+    assert all(run(where, size * fsdp, size, fsdp, rows)) == agree == tensor._sizes_agree(rows, size, fsdp)
