@@ -313,6 +313,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
     from parallel.context import split
     from parallel.fsdp import last_backward
     from parallel.mesh import Mesh, sizes
+    from parallel.peers import Peers
     from runtime.checkpoint import Checkpointer
     from runtime.log import Log
     from runtime.metrics import check_trackers
@@ -326,6 +327,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         log = stack.enter_context(launch.together("log", lambda: Log(out, launch.rank)))
         inputs = launch.together("inputs", lambda: read_inputs(cfg), leader_first=True)
         launch.together("shares", lambda: check(cfg, axes, inputs.arch, cfg.data.tokens, cfg.lora))
+        peers = stack.enter_context(Peers(launch, cfg.parallel.timeout_s, log.last, lambda: remains(out)))
         launch.connect(device, cfg.parallel.timeout_s)
         mesh, stop = Mesh.build(cfg.parallel, device), Stop().install()
 
@@ -371,6 +373,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
 
         net.train()
         for step in range(state["step"] + 1, total + 1) if not ended else ():
+            peers.at(step)
             begun, micro = time.monotonic(), [split(batch, mesh) for batch in stream.take(step)]
             counts = torch.tensor([sum(map(lm.count, micro)), sum(batch.filled for batch in micro), stop.requested is not None])
             units, tokens, stopping = mesh.sum_over_data(counts, votes=1).tolist()
@@ -420,6 +423,14 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         export(cfg, inputs, net, log)
         if launch.rank == 0:
             (out / "result.json").write_text(json.dumps(result(cfg, state["step"])) + "\n", encoding="utf-8")
+
+
+def remains(out: Path) -> str:
+    """What is there when a run ends before its time."""
+    from runtime.checkpoint.store import Store
+
+    newest = next(iter(Store(out).complete()), None)
+    return f"the newest complete checkpoint is {newest}; the same command resumes" if newest else "there is no checkpoint yet"
 
 
 def result(cfg: RunConfig, step: int) -> dict[str, object]:

@@ -14,12 +14,14 @@ mesh of size 1: nothing else asks how many ranks there are.
 
 from __future__ import annotations
 
+import datetime
 import logging
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from parallel.config import ParallelConfig
 from runtime.errors import ConfigError
@@ -86,6 +88,9 @@ class Mesh:
         r, s, c, t = axes.values()
         weights = init_device_mesh(device.type, (r, s * c, t), mesh_dim_names=("replicate", "fsdp", "tensor"))
         tokens = init_device_mesh(device.type, (r * s, c, t), mesh_dim_names=("data", "context", "tensor"))
+        if dist.get_backend() != "fake":  # groups that a mesh makes do not have the limit of the first one
+            for group in (*weights.get_all_groups(), *tokens.get_all_groups()):
+                _set_pg_timeout(datetime.timedelta(seconds=cfg.timeout_s), group)
         return cls(weights, tokens, axes, device)
 
     @property

@@ -33,7 +33,10 @@ class Agreed(UserError):
 
 
 class Launch:
-    """This process among the ranks. Attributes: rank, world, local_rank, local_world, store."""
+    """This process among the ranks. Attributes: rank, world, local_rank, local_world, store.
+
+    The store lives in torchrun's agent (`agent_holds_store`), or in rank 0.
+    """
 
     def __init__(self):
         env = os.environ
@@ -47,6 +50,8 @@ class Launch:
             self.store = dist.HashStore()
         else:
             raise ConfigError("is set but MASTER_ADDR is not; start several ranks with torchrun", "WORLD_SIZE", self.world)
+        self.agent_holds_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self.holds_store = self.rank == 0 and not self.agent_holds_store
         # a restart by the same agent must not read the answers of the attempt before it
         self.attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
 

@@ -84,6 +84,14 @@ class Log:
                 self._live = False
                 self._to_console("\n")
 
+    def last(self, line: str, before: str) -> None:
+        """The last line of a process that ends here, on the console of any rank; in the file, what led there comes `before` it."""
+        self.settle()
+        with self._lock:
+            self._to_file(f"{before.rstrip()}\n{line}")
+            with contextlib.suppress(OSError, ValueError):
+                print(redact(line), file=self._console, flush=True)
+
     def __enter__(self) -> Log:
         sys.stderr = _Stderr(self, self._console)
         return self

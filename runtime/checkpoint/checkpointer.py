@@ -101,7 +101,8 @@ class Checkpointer:
         self.resolved_toml, self.rules = resolved_toml, tuple(rules)
         self.team = Team(dist.new_group(backend="gloo", timeout=timeout))
         # the background thread talks on its own group: two threads on one would interleave their collectives
-        self._writers = Team(dist.new_group(backend="gloo", timeout=timeout)) if cfg.async_ else self.team
+        background = {"backend": "gloo", "timeout": timeout, "group_desc": "background"}  # parallel/peers.py knows it by this
+        self._writers = Team(dist.new_group(**background)) if cfg.async_ else self.team
         self._say = say
         self._origin: dict[str, Any] | None = None  # the checkpoint that resume=PATH began this history from
         self._last: Outcome | None = None  # the newest checkpoint of this history

@@ -1,0 +1,273 @@
+"""A rank that dies, stops, hangs or fails: the others end within the limit and name it; a slow one is no error."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from objective import lm
+from parallel.peers import BEAT_S, SILENT_S, Beat, about_peers, behind, blame, overdue, process, silent
+from runtime.checkpoint import store
+from runtime.checkpoint.team import RankFailed
+from runtime.metrics import read
+from tests import launch
+from tests.tiny import write_chats, write_config, write_model
+
+LIMIT_S = 3.0
+AFTER_S = 6.0  # two looks and the ending, on a busy machine
+EXTRA = """
+[train]
+steps = {steps}
+[log]
+every = 1
+[checkpoint]
+every = {every}
+[parallel]
+timeout_s = {limit}
+{axes}
+"""
+SHARD = "shard = 2"
+CONTEXT = "context = 2"
+TENSOR = "tensor = 2"
+HSDP = "replicate = 2\nshard = 2"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    root = tmp_path_factory.mktemp("peers")
+    return write_model(root / "model"), write_chats(root / "data.jsonl", 60)
+
+
+def start(base, out: Path, axes: str, steps: int = 100_000, limit: float = LIMIT_S, every: int = 2) -> launch.Ranks:
+    """Ranks of a run that ends by itself only after `steps`."""
+    world = 4 if axes == HSDP else 2
+    out.parent.mkdir(exist_ok=True)
+    config = write_config(out.parent / "c.toml", *base, out, EXTRA.format(steps=steps, axes=axes, limit=limit, every=every))
+    return launch.start(["--config", str(config)], world, out / "out")
+
+
+def until_step(ranks: launch.Ranks, out: Path, step: int) -> None:
+    while not (out / "metrics.jsonl").exists() or not any(r["step"] >= step for r in read(out / "metrics.jsonl")):
+        assert not ranks.poll(), ranks.output()
+        time.sleep(0.01)
+
+
+def others_end(ranks: launch.Ranks, out: Path, victim: int, within_s: float) -> str:
+    """The last line that every rank but `victim` ends with, in time: on stderr and in its log."""
+    others, deadline = set(range(len(ranks.pids))) - {victim}, time.monotonic() + within_s
+    while not others <= ranks.codes.keys() and time.monotonic() < deadline:
+        ranks.poll()
+        time.sleep(0.01)
+    ended = dict(ranks.codes)
+    ranks.signal(signal.SIGKILL)
+    ranks.wait()
+    assert others <= ended.keys(), f"still there: {others - ended.keys()}\n{ranks.output()}"
+    assert {ended[r] for r in others} == {1}, ranks.output()
+    lines = set()
+    for rank in others:
+        lines.add(ranks.output(rank).rstrip().splitlines()[-1])
+        logged = (out / "logs" / f"rank_{rank}.log").read_text().rstrip().splitlines()
+        assert logged[-1].endswith(ranks.output(rank).rstrip().splitlines()[-1])
+        assert sum("error: " in line for line in logged) == 1
+    assert len(lines) == 1, lines  # all name the same
+    line = lines.pop()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(("axes", "victim"), [(SHARD, 1), (SHARD, 0), (TENSOR, 1)])
+def test_killed(base, tmp_path, axes, victim):
+    out = tmp_path / "out"
+    ranks = start(base, out, axes, limit=600)  # nobody waits for the limit
+    until_step(ranks, out, 3)
+    time.sleep(2 * BEAT_S)
+    ranks.signal(signal.SIGKILL, victim)
+    line = others_end(ranks, out, victim, AFTER_S)
+    assert f"rank {victim}" in line
+    assert "is gone" in line
+    assert "its process ended" in line
+    assert f"{out / 'checkpoints' / 'step_'}" in line
+    assert "the same command resumes" in line
+    if victim:
+        assert " in step " in line
+    else:
+        assert "meeting point" in line
+
+
+def stops_in_a_save(rank: int):
+    return lambda point: point == "write" and dist.get_rank() == rank and os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_stopped(base, tmp_path, monkeypatch):
+    """Four runs at once, as all wait for the limit. Without a launcher rank 0 holds the store, which then hangs, too."""
+    runs = []
+    for name, axes, victim in (("a", CONTEXT, 1), ("b", SHARD, 0)):
+        out = tmp_path / name / "out"
+        runs.append((start(base, out, axes, every=0), out, victim))
+        until_step(*runs[-1][:2], 3)
+        runs[-1][0].signal(signal.SIGSTOP, victim)
+    for name, victim in (("c", 1), ("d", 0)):
+        monkeypatch.setattr(store, "at", stops_in_a_save(victim))  # where collectives may take longer
+        out = tmp_path / name / "out"
+        runs.append((start(base, out, SHARD), out, victim))
+    for ranks, out, victim in runs:
+        line = others_end(ranks, out, victim, LIMIT_S + SILENT_S + AFTER_S)
+        assert f"rank {victim}" in line
+        assert "does not answer" in line
+        assert "its process is stopped" in line
+        assert ("meeting point" in line) == (victim == 0)
+
+
+def in_loss(monkeypatch, rank: int, step: int, does) -> None:
+    """`does` runs on `rank` in its `step`-th micro-batch, before the loss."""
+    real, calls = lm.loss, []
+
+    def loss(*args):
+        calls.append(1)
+        if dist.get_rank() == rank and len(calls) == step:
+            does()
+        return real(*args)
+
+    monkeypatch.setattr(lm, "loss", loss)
+
+
+def endless() -> None:
+    while True:
+        time.sleep(0.1)
+
+
+def test_hanging_main_thread(base, tmp_path, monkeypatch):
+    in_loss(monkeypatch, 3, 3, endless)
+    out = tmp_path / "out"
+    line = others_end(start(base, out, HSDP), out, 3, LIMIT_S + AFTER_S + 10)  # 10: until step 3
+    assert "rank 3 hangs" in line
+    assert "has not joined a collective" in line
+    assert "in step 3" in line
+    assert "test_peers.py" in line
+    assert "endless" in line
+    assert not any(f"rank {r}" in line for r in range(3))
+    assert "endless" in (out / "logs" / "rank_3.log").read_text()  # the hanging one says where it hangs
+
+
+def fail() -> None:
+    raise ValueError("the moon is full")
+
+
+def test_failing_rank(base, tmp_path, monkeypatch):
+    in_loss(monkeypatch, 1, 3, fail)
+    out = tmp_path / "out"
+    ranks = start(base, out, SHARD, limit=600)
+    line = others_end(ranks, out, 1, AFTER_S + 10)
+    assert "rank 1 failed: ValueError: the moon is full" in line
+    assert ranks.codes[1] == 1
+    assert "Traceback" in (out / "logs" / "rank_1.log").read_text()
+    assert "Traceback" in ranks.output(1)
+    assert "error: " not in ranks.output(1)
+
+
+def test_failing_rank_0_is_named_although_it_holds_the_store(base, tmp_path, monkeypatch):
+    in_loss(monkeypatch, 0, 2, fail)
+    out = tmp_path / "out"
+    assert "rank 0 failed: ValueError: the moon is full" in others_end(start(base, out, TENSOR, limit=600), out, 0, AFTER_S + 10)
+
+
+def test_slow_rank_is_no_error(base, tmp_path, monkeypatch):
+    in_loss(monkeypatch, 1, 2, lambda: time.sleep(0.75 * LIMIT_S))
+    ranks = start(base, tmp_path / "out", SHARD, steps=3)
+    assert ranks.wait(60) == [0, 0], ranks.output()
+    assert "error: " not in ranks.output()
+    assert "TCPStore" not in ranks.output()  # nor noise of a store that went before its clients
+
+
+def test_a_rank_that_waits_outside_of_collectives_is_ended_too(base, tmp_path, monkeypatch):
+    """Its main thread cannot notice; the thread does."""
+    in_loss(monkeypatch, 0, 3, endless)
+    out = tmp_path / "out"
+    ranks = start(base, out, SHARD, limit=600)
+    until_step(ranks, out, 2)
+    time.sleep(0.5)
+    ranks.signal(signal.SIGKILL, 1)
+    assert "rank 1 is gone" in others_end(ranks, out, 1, AFTER_S + 5)
+    assert "endless" in (out / "logs" / "rank_0.log").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------ made-up beats
+
+
+def beats(*issued: dict[str, int], n: int = 5, machine: str = "elsewhere") -> dict[int, Beat]:
+    return {r: Beat(n=n, step=7, issued=groups, host=f"host{r}", pid=100 + r, machine=machine) for r, groups in enumerate(issued)}
+
+
+def test_behind_is_who_waits_for_nobody():
+    assert behind(beats({"w": 8}, {"w": 8}, {"w": 7}, {"w": 8})) == [2]
+    assert behind(beats({"w": 8}, {"w": 8})) == []
+    # rank 2 waits for 1, which waits for 0
+    assert behind(beats({"a": 3}, {"a": 4, "b": 3}, {"b": 4})) == [0]
+    # a group that only some ranks are in says nothing about others
+    assert behind(beats({"w": 8, "a": 90}, {"w": 8, "a": 90}, {"w": 8, "b": 1}, {"w": 8, "b": 1})) == []
+    # two hang
+    assert behind(beats({"w": 8}, {"w": 7}, {"w": 7})) == [1, 2]
+
+
+def test_silence_comes_before_counts():
+    before = beats({"w": 8}, {"w": 7}, {"w": 7})
+    after = beats({"w": 8}, {"w": 7}, {"w": 7}, n=11)
+    after[1].n = 5
+    assert silent(before, after) == [1]
+    text = blame(after, silent(before, after), "here")
+    assert text == "rank 1 does not answer (last seen in step 7 on host host1, pid 101)"
+    after[1].left = True
+    assert silent(before, after) == []
+    after[2].at = "objective/lm.py:3 loss"
+    after[2].issued = {"w": 6}
+    assert blame(after, [], "here") == (
+        "rank 2 hangs: it has not joined a collective that others wait in (at objective/lm.py:3 loss, in step 7 on host host2, pid 102)"
+    )
+    assert blame(beats({"w": 1}, {"w": 1}), [], "here") == ""
+
+
+def test_only_nccl_needs_the_clock():
+    assert overdue(beats({"nccl:0": 8, "gloo:0": 3}, {"nccl:0": 7, "gloo:0": 3}), [], 0)
+    assert not overdue(beats({"nccl:0": 8, "gloo:0": 3}, {"nccl:0": 7, "gloo:0": 3}), [], 1)  # it waits for nobody
+    assert not overdue(beats({"nccl:0": 8, "gloo:0": 4}, {"nccl:0": 8, "gloo:0": 3}), [], 0)  # a save: gloo has its own limit
+    assert overdue(beats({"nccl:0": 8, "gloo:0": 3}, {"nccl:0": 8, "gloo:0": 3}), [1], 0)
+    assert not overdue(beats({"nccl:0": 8, "gloo:0": 3}, {"nccl:0": 8, "gloo:0": 3}), [], 0)
+
+
+def test_processes_are_seen_on_the_same_machine_only():
+    mine, pid = Beat(), os.fork()
+    if pid == 0:
+        time.sleep(60)
+        os._exit(0)
+    child = Beat(pid=pid)
+    assert process(mine, mine.machine) == process(child, mine.machine) == "runs"
+    os.kill(pid, signal.SIGSTOP)
+    os.waitpid(pid, os.WUNTRACED)
+    assert process(child, mine.machine) == "stopped"
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert process(child, mine.machine) == "ended"  # a zombie
+    os.waitpid(pid, 0)
+    assert process(child, mine.machine) == "ended"
+    assert process(child, "elsewhere") == process(child, "") == ""
+
+
+def test_what_is_about_peers():
+    gloo = RuntimeError("[/x/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
+    assert about_peers(gloo)
+    assert about_peers(dist.DistNetworkError("Connection reset by peer"))
+    try:
+        try:
+            raise gloo
+        except RuntimeError as error:
+            raise KeyError("while closing") from error
+    except KeyError as error:
+        assert about_peers(error)
+    assert not about_peers(None)
+    assert not about_peers(RuntimeError("CUDA error: out of memory"))
+    assert not about_peers(RankFailed(1, "ValueError", "ValueError: the moon is full"))
