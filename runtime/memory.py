@@ -140,7 +140,7 @@ class Ledger(TorchDispatchMode):
         def resized(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:  # no operator, so the mode does not see it
             found = resize(storage, size)
             if (entry := self.live.get(storage._cdata)) is not None:
-                entry.kind = "gathered" if entry.kind == "temporary" else entry.kind
+                entry.kind = "gathered" if entry.kind in ("temporary", "activations") else entry.kind  # also weights that autograd keeps
                 self._set(entry, int(size))
             return found
 

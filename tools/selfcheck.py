@@ -178,7 +178,8 @@ def errors(rank: int, world: int, cfg: RunConfig, arch: Arch, packs: int, file: 
     assert grads.keys() == want.keys()
     trivial = [name for name, g in want.items() if not g.norm() > 1e-6]
     assert not trivial, f"a reference that is zero proves nothing: {trivial[:3]}"
-    return loss, {name: ((grads[name] - g).norm() / g.norm()).item() for name, g in want.items()}
+    found = {name: ((grads[name] - g).norm() / g.norm()).item() for name, g in want.items()}
+    return loss, {name: error if math.isfinite(error) else math.inf for name, error in found.items()}  # max() passes over NaN
 
 
 # -- the command -----------------------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def compare(cases: list[dict], archs: dict, references: dict, timeout: float) ->
         wants.append(want)
     found = run(many_ranks, math.prod(cases[0]["layout"]), jobs, timeout=timeout)
     assert all(1.0 < want < 50.0 for want in wants)
-    return [max(max(abs(one[i][0] - want) / want, one[i][1]) for one in found) for i, want in enumerate(wants)]
+    return [max(abs(one[i][0] - want) / want + one[i][1] for one in found) for i, want in enumerate(wants)]
 
 
 def by_world(cases: list[dict], size: int) -> list[list[dict]]:
@@ -175,7 +175,7 @@ def test_every_pair_of_choices(archs, references):
     assert len(cases) >= len(FAMILIES) * len(LAYOUTS)
     for group in by_world(cases, 12):
         for case, worst in zip(group, compare(group, archs, references, 240.0)):
-            assert worst < BOUND, (case, worst)
+            assert worst < BOUND, (case, worst)  # false for NaN, too
 
 
 def test_the_covering_covers(archs):
@@ -204,6 +204,6 @@ def test_the_full_cross(archs, references):
     errors = []
     for group in by_world(cases, 24):
         errors += zip(group, compare(group, archs, references, 600.0))
-    wrong = [(case, error) for case, error in errors if error >= BOUND]
+    wrong = [(case, error) for case, error in errors if not error < BOUND]
     print(f"\n{len(errors)} cases, {len(wrong)} wrong, worst error {max(error for _, error in errors):.1e}")
     assert not wrong, wrong[:3]

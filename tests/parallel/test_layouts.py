@@ -143,7 +143,8 @@ def grads(net) -> dict[str, Tensor]:
 
 
 def error(found: Tensor, reference: Tensor) -> float:
-    return ((found - reference).norm() / reference.norm()).item()
+    off = ((found - reference).norm() / reference.norm()).item()
+    return off if math.isfinite(off) else math.inf  # max() passes over NaN
 
 
 @pytest.fixture(scope="module")
