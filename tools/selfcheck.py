@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 BOUND = 1e-5
 LENGTHS = (5, 31, 2, 17, 44, 1, 23, 9, 60, 12, 3, 28, 7, 38, 15, 20, 33, 41, 11, 26)
-ROW, LONGEST = 128, 64  # slots of a row; longer documents than the chunks of context ranks
+ROW, LONGEST = 131, 64  # slots of a row, which no axis divides; documents longer than the chunks of context ranks
 ABOUT = "Compares the loss and every gradient of this config's layout, on a small model of the same kind, with those of one rank."
 
 

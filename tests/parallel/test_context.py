@@ -23,12 +23,12 @@ from objective.evaluate import evaluate
 from parallel import context
 from parallel.apply import check
 from parallel.config import ParallelConfig
-from parallel.mesh import AXES, Mesh, sizes
+from parallel.mesh import Mesh, sizes
 from runtime.errors import ConfigError
 from runtime.metrics import read
 from tests import launch
 from tests.harness import run
-from tests.model.golden import GOLDEN, distance
+from tests.model.golden import distance
 from tests.model.golden import write_config as write_golden
 from tests.parallel.test_layouts import VOCAB, documents, model, pack, rank_errors, reference, rows
 from tests.tiny import LLAMA, Sections, write_chats, write_config, write_model
@@ -254,37 +254,16 @@ def families(rank: int, world: int, axes: dict, jobs: list[tuple]) -> list[tuple
     return [rank_errors(rank, world, folder, axes, *rest) for folder, *rest in jobs]
 
 
-LAYOUTS = [(1, 1, 2, 1), (1, 1, 4, 1), (1, 2, 2, 1), (2, 1, 2, 1), (1, 1, 2, 2)]
-FAMILIES = ("llama-biases-v5", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma3_text-cap-v5")
-
-
 @pytest.fixture(scope="module")
-def golden(tmp_path_factory) -> dict[tuple[str, bool], tuple]:
-    """For each family, full and LoRA: its folder and what one rank computes."""
-    found = {}
-    for name in FAMILIES:
-        assert GOLDEN[name]["vocab_size"] == VOCAB
-        folder = write_golden(tmp_path_factory.mktemp("golden"), name, initializer_range=0.2)
-        found |= {(name, lora): (folder, reference(folder, lora)) for lora in (False, True)}
-    return found
-
-
-@pytest.mark.parametrize("axes", LAYOUTS, ids=str)
-def test_same_loss_and_gradients_for_every_family(golden, axes):
-    """Methods, accumulation, recomputation and full or LoRA take turns, so that every layout sees each of them."""
-    data, jobs = axes[0] * axes[1], []
-    for i, ((_, lora), (folder, want)) in enumerate(golden.items()):
-        accumulate, budget = ((1, 321 if data == 1 else 193), (2, 193 if data == 1 else 97))[i // 2 % 2]  # nothing divides them
-        method = ("allgather", "ulysses", "ring")[(i + i // 3 + LAYOUTS.index(axes)) % 3]
-        jobs.append((folder, accumulate, budget, lora, "full" if i % 3 else "none", want, method))
-    for errors in run(families, math.prod(axes), dict(zip(AXES, axes)), jobs):
-        for (folder, *what), found in zip(jobs, errors):
-            assert worst(found) < 1e-5, (folder, what[:4], found)
+def gemma(tmp_path_factory) -> tuple:
+    """A folder, and what one rank computes. All families are in test_invariance.py."""
+    folder = write_golden(tmp_path_factory.mktemp("golden"), "gemma3_text", initializer_range=0.2)
+    return folder, reference(folder, False)
 
 
 @pytest.mark.parametrize("axes", [{"tensor": 2}, {"context": 2}, {"context": 2, "tensor": 2}], ids=str)
-def test_any_token_budget(golden, axes):
-    folder, want = golden["gemma3_text", False]
+def test_any_token_budget(gemma, axes):
+    folder, want = gemma
     methods = ("allgather", "ulysses", "ring") if "context" in axes else ("auto",)
     jobs = [(folder, 1, 315 + i, False, "none", want, method) for i, method in enumerate(methods)]
     for errors in run(families, math.prod(axes.values()), axes, jobs):
