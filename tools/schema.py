@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None, cls: type | None = None) -> int:
 
     pages = {args.markdown: markdown, args.json: lambda c: json.dumps(json_schema(c), indent=1) + "\n"}
     try:
-        stale = [name for name, make in pages.items() if name and not _settle(name, make(cls), args.check)]
+        stale = [name for name, make in pages.items() if name and not settle(name, make(cls), args.check)]
     except OSError as error:
         parser.error(str(error))
     for name in stale:
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None, cls: type | None = None) -> int:
     return 1 if stale else 0
 
 
-def _settle(name: str, text: str, check: bool) -> bool:
+def settle(name: str, text: str, check: bool) -> bool:
     """Writes `text` to the file, or with `check` says whether it is there already."""
     path = Path(name)
     if check:
