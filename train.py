@@ -16,6 +16,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -309,6 +310,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
     from optim.adamw import set_lr, state_tensors
     from optim.clip import clip
     from optim.schedule import factor
+    from parallel import offload
     from parallel.apply import check
     from parallel.context import split
     from parallel.fsdp import last_backward
@@ -352,7 +354,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         sources = {"folder": inputs.folder if cfg.model.init == "pretrained" else None, "adapter": cfg.lora and cfg.lora.adapter}
         launch.together("weights", lambda: materialize(net, device, cfg.train.seed, **sources))
         trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
-        opt = build_optimizer(trained.items(), cfg.optim)
+        opt = offload.optimizer(partial(build_optimizer, trained.items(), cfg.optim), cfg.offload, device)
         kept = {f"model.{name}": p for name, p in trained.items()}
         kept |= {f"optim.{name}": t for name, t in state_tensors(opt, trained.items()).items()}
         if found:

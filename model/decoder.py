@@ -62,7 +62,10 @@ class Trunk(nn.Module):
 
 
 class Decoder(nn.Module):
-    """compute_dtype: dtype of activations; weights are cast to it where they are used."""
+    """compute_dtype: dtype of activations; weights are cast to it where they are used.
+
+    on_host: names of parameters that lie in host memory whatever the device (parallel/offload.py).
+    """
 
     TP = {"lm_head": "vocab"}
 
@@ -70,6 +73,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.arch = arch
         self.compute_dtype = torch.float32
+        self.on_host: frozenset[str] = frozenset()
         self.model = Trunk(arch)
         self.lm_head = None if arch.tie_word_embeddings else Head(arch.vocab_size, arch.hidden_size)
 

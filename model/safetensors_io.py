@@ -69,12 +69,27 @@ def materialize(
     Raises:
         ModelError: a folder does not fit the model.
     """
-    net.to_empty(device=device)
+    allocate(net, device)
     net.reset_buffers(device)
     filled = load_weights(net, folder) if folder else initialize(net, seed, only=lambda name: not is_adapter(name))
     filled |= load_adapter(net, adapter) if adapter else initialize(net, seed, only=is_adapter)
     unset = {name for name, _ in parameters_at_rest(net)} - filled
     assert not unset, f"parameters without values: {listed(unset)}"
+
+
+def allocate(net: nn.Module, device: torch.device | str) -> None:
+    """Memory, with nothing in it, for a model on meta: on `device`, and for the parameters in `net.on_host` on the host.
+
+    On CUDA that is pinned, or copies to the device would stop the host; FSDP2 pins its DTensors itself.
+    """
+    host, pin = {id(p) for name, p in net.named_parameters() if name in net.on_host}, torch.device(device).type == "cuda"
+
+    def memory(t: Tensor) -> Tensor:
+        if id(t) not in host:
+            return torch.empty_like(t, device=device)
+        return torch.empty_like(t, device="cpu") if isinstance(t, DTensor) else torch.empty_like(t, device="cpu", pin_memory=pin)
+
+    net._apply(memory)  # what to_empty does
 
 
 def check_weights(net: nn.Module, folder: str | Path) -> None:

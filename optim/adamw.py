@@ -6,7 +6,7 @@ parameter has DTensor moments with the same placements, and `torch.distributed.c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from optim.config import OptimConfig
 
 
-def build(named: Iterable[tuple[str, nn.Parameter]], cfg: OptimConfig) -> torch.optim.Optimizer:
+def build(
+    named: Iterable[tuple[str, nn.Parameter]], cfg: OptimConfig, home: Callable[[Tensor], Tensor] = lambda t: t
+) -> torch.optim.Optimizer:
     """An optimizer over the parameters that train. Matrices are decayed, norms and biases are not.
 
     Its state exists from the start (as zeros, which is what AdamW's first step begins from), so that restoring a
-    checkpoint needs no dummy step.
+    checkpoint needs no dummy step. `home` says where each tensor of it lies: it takes one and returns the one to keep.
     """
     trained = [p for _, p in named if p.requires_grad]
     groups = [
@@ -28,9 +30,9 @@ def build(named: Iterable[tuple[str, nn.Parameter]], cfg: OptimConfig) -> torch.
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
     for p in trained:
         optimizer.state[p] = {
-            "step": torch.zeros((), dtype=torch.float32, device=p.device),
-            "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+            "step": home(torch.zeros((), dtype=torch.float32, device=p.device)),
+            "exp_avg": home(torch.zeros_like(p, memory_format=torch.preserve_format)),
+            "exp_avg_sq": home(torch.zeros_like(p, memory_format=torch.preserve_format)),
         }
     return optimizer
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from model.arch import Arch
 from model.config import LoraConfig
-from parallel import context, fsdp, recompute, tensor
+from parallel import context, fsdp, offload, recompute, tensor
 from parallel.config import Sections
 from parallel.mesh import Mesh
 from runtime.errors import ConfigError
@@ -22,6 +22,7 @@ def check(cfg: Sections, axes: dict[str, int], arch: Arch, tokens: int, lora: Lo
     context.check(arch, axes["context"], axes["tensor"], cfg.parallel.context_method)
     tensor.check(arch, axes["tensor"], axes["shard"] * axes["context"])
     fsdp.check(cfg.parallel, axes)
+    offload.check(cfg, axes, lora)
     shared = [f"parallel.{axis}={axes[axis]}" for axis in ("context", "tensor") if axes[axis] > 1]
     if lora is not None and lora.dropout and shared:
         # a rank sees a part of a linear's input and would draw another mask than one rank does for the same pack
@@ -35,5 +36,6 @@ def parallelize(net: nn.Module, mesh: Mesh, cfg: Sections, compute: torch.dtype)
     report = context.wrap(net, mesh, cfg.parallel.context_method)
     tensor.split(net, mesh.weights["tensor"])
     recompute.apply(blocks, cfg.recompute)
+    report += offload.apply(net, blocks, mesh.device, cfg)
     fsdp.shard(net, blocks, mesh, cfg, compute)
     return report
