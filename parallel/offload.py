@@ -28,7 +28,7 @@ from model.linear import Linear
 from model.weights import local
 from parallel.activations import InMemory, Keeper, OnDisk
 from parallel.config import OffloadConfig, RecomputeConfig, Sections
-from parallel.transfer import Lane, Mark, finish
+from parallel.transfer import Lane, Mark
 from runtime.errors import ConfigError
 
 OWNER = "offload.frozen"
@@ -177,10 +177,7 @@ class Visiting:
             leaving.append(self._return(bucket[1], visitors))
             if len(leaving) > 1:
                 self.out.wait(leaving.popleft()[0])
-        while leaving:
-            mark, _ = leaving.popleft()
-            self.out.wait(mark)
-            finish(mark)  # whoever saves a checkpoint reads the state on the host
+        self.out.drain()  # whoever saves a checkpoint reads the state on the host
 
     def _fetch(self, bucket: tuple[dict, list[nn.Parameter]]) -> tuple[dict[tuple[nn.Parameter, str], Tensor], Mark]:
         """Copies of the bucket's state on the device, and the mark of the last of them."""

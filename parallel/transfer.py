@@ -51,6 +51,11 @@ class Lane:
         if mark is not None:
             torch.cuda.current_stream(self.device).wait_event(mark)
 
+    def drain(self) -> None:
+        """The host waits for all copies."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
 
 def finish(mark: Mark) -> None:
     """The host waits for a copy: before it touches the memory itself."""

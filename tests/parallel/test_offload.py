@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,16 +56,15 @@ def folder(tmp_path_factory) -> Path:
 
 @dataclass(frozen=True)
 class Case:
-    """A short training. everywhere: also tensors below the size that is worth moving."""
+    """A short training. everywhere: also tensors below the size that is worth moving; axes: of `[parallel]`."""
 
     offload: OffloadConfig
-    axes: tuple[tuple[str, int], ...] = ()
+    axes: tuple[tuple[str, int | str], ...] = ()
     lora: bool = False
     recompute: RecomputeConfig = RecomputeConfig()
     steps: int = 3
     accumulate: int = 2
     compute: torch.dtype = torch.float32
-    compile: CompileConfig | None = None
     everywhere: bool = True
 
 
@@ -86,7 +86,9 @@ def make(folder: Path, mesh: Mesh, case: Case) -> tuple[nn.Module, list[str]]:
     net.compute_dtype = case.compute
     apply_trainable(net, cfg, case.compute)
     net.use_kernels(KernelsConfig(), "cpu", case.compute)
-    report = parallelize(net, mesh, Sections(recompute=case.recompute, offload=case.offload, compile=case.compile), case.compute)
+    report = parallelize(
+        net, mesh, Sections(ParallelConfig(**dict(case.axes)), recompute=case.recompute, offload=case.offload), case.compute
+    )
     materialize(net, CPU, 0, None)
     return net.train(), report
 
@@ -110,7 +112,7 @@ def train(folder: Path, case: Case) -> tuple[list[float], dict[str, Tensor], nn.
         assert len(opt.buckets) > 3
     micro, numbers = rows_of(mesh, case.accumulate), []
     for step in range(case.steps):
-        numbers.append(backward(net, micro, 100, seed=step))
+        numbers.append(backward(net, micro, 100, step, ParallelConfig(**dict(case.axes))))
         numbers.append(clip(trained.values(), 1.0).item())
         set_lr(opt, 1e-2 / (step + 1))
         opt.step()
@@ -137,9 +139,7 @@ def compare(rank, world, folder, case):
 
 
 def same(folder, case: Case) -> None:
-    world = 1
-    for _, n in case.axes:
-        world *= n
+    world = math.prod(n for _, n in case.axes if isinstance(n, int))
     assert min(run(compare, world, folder, case)) > 3
 
 
@@ -227,6 +227,9 @@ def test_the_device_keeps_two_blocks_and_brings_one_ahead(folder, mesh, monkeypa
     loss.backward()
     assert list(dict.fromkeys(events)) == ["need 3", "need 2", "bring 1", "need 1", "bring 0", "need 0"]
     assert not any(list(chest.alive()) for chest in chests)
+    with torch.no_grad():
+        forward(net, micro)
+    assert len(chests) == 4
 
 
 def test_a_storage_moves_once_and_views_keep_their_strides(monkeypatch):
@@ -371,9 +374,20 @@ def test_files_of_activations(folder, mesh, tmp_path, monkeypatch):
     assert report == [f"offload: activations of 4 blocks to disk, in {tmp_path / 'fast'}"]
     keeper, micro = keeper_of(net), rows_of(mesh, 1)
     monkeypatch.setattr(activations, "QUEUED", 0)  # every write waits for the one before: slow, and right
+    home, chests = keeper.home, watch(monkeypatch)
+    home.pool.piece = ALIGN
     for _ in range(3):
         forward(net, micro).backward()
-    home = keeper.home
+    for write, _ in home.writes:
+        write.result()
+    assert home.pool.total == buffers(home.pool) > 0
+    loss = forward(net, micro)
+    chests[-1].arrive()
+    chests[-2].arrive()
+    assert [piece.copy.read is not None for piece in chests[-4].alive()] == [True] * len(chests[-4].pieces), "a block ahead of the device"
+    assert len(chests[-4].pieces) > 5
+    del loss
+    del chests[:]
     assert os.listdir(tmp_path / "fast") == [], "the file has no name: it is gone with the process, however that ends"
     assert os.fstat(home.file.fileno()).st_size == home.size == sum(n * len(free) for n, free in home.places.items())
     assert home.size > 4 * 320 * 32 * 4
@@ -403,6 +417,7 @@ PARAMETERS = OffloadConfig(parameters=True)
 HOST = {
     "one": Case(PARAMETERS),
     "one-lora": Case(PARAMETERS, lora=True),
+    "one-gathered-once": Case(PARAMETERS, (("reshard", "step"),)),
     "shard": Case(PARAMETERS, (("shard", 2),)),
     "shard-lora": Case(PARAMETERS, (("shard", 2),), lora=True, recompute=RecomputeConfig(kind="full")),
     "both": Case(OffloadConfig(parameters=True, activations="cpu"), (("replicate", 2), ("tensor", 2)), accumulate=1),
@@ -458,8 +473,10 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("bucket", [1, 150, 10**9])
-def test_any_optimizer_visits(name, bucket):
-    """Also those that make their state in the first step, and parameters without a gradient."""
+def test_any_optimizer_visits(name, bucket, monkeypatch):
+    """Also those that make their state in the first step, and parameters without a gradient; whoever reads it then finds it at home."""
+    if bucket == 150:
+        monkeypatch.setattr(offload, "Lane", LateLane)
     plain, ours = parameters(0), parameters(0)
     want, made = OPTIMIZERS[name](plain), OPTIMIZERS[name](ours)
     opt = Visiting(lambda home: made, CPU, bucket)
@@ -576,6 +593,66 @@ def test_only_frozen_weights_of_linears_stay_on_the_host(folder, mesh):
     assert host == net.on_host
     assert len(host) == 28
     assert all(name.startswith("model.layers.") and name.endswith("_proj.weight") for name in host)
+
+
+# ------------------------------------------------------------------------------------------------- copies that take their time
+
+
+class LateMark:
+    """The mark of a copy that has not been made yet."""
+
+    def __init__(self, lane: LateLane):
+        self.lane = lane
+
+    def synchronize(self) -> None:
+        self.lane.wait(self)
+
+
+class LateLane(Lane):
+    """A lane as slow as it may be: it copies when somebody waits for it, in order. Whoever does not wait sees what was there before."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self.queue: list[tuple[LateMark, Tensor, Tensor]] = []
+
+    def copy(self, to: Tensor, source: Tensor) -> LateMark:
+        self.queue.append((LateMark(self), to, source))
+        return self.queue[-1][0]
+
+    def wait(self, mark: LateMark | None) -> None:
+        while any(queued is mark for queued, _, _ in self.queue):
+            _, to, source = self.queue.pop(0)
+            to.copy_(source)
+
+    def drain(self) -> None:
+        if self.queue:
+            self.wait(self.queue[-1][0])
+
+
+LATE = {
+    "cpu": Case(OffloadConfig(activations="cpu")),
+    "disk": Case(OffloadConfig(activations="disk"), lora=True, recompute=RecomputeConfig(kind="full")),
+    "optimizer": Case(OPTIMIZER),
+    "frozen": Case(FROZEN, lora=True),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_nobody_relies_on_copies_being_fast(folder, name, monkeypatch):
+    monkeypatch.setattr(offload, "Lane", LateLane)
+    same(folder, LATE[name])
+
+
+def test_memory_is_given_up_after_its_copy(folder, mesh, monkeypatch):
+    monkeypatch.setattr(offload, "Lane", LateLane)
+    net, _ = make(folder, mesh, CPU_ONLY)
+    chests = watch(monkeypatch)
+    loss = forward(net, rows_of(mesh, 1))
+    here = {piece.data.data_ptr() for chest in chests for piece in chest.alive() if piece.data is not None}
+    assert {source.data_ptr() for _, _, source in keeper_of(net).lane.queue} == here
+    assert len(here) > 10
+    loss.backward()
+    assert keeper_of(net).lane.queue == []
 
 
 # ---------------------------------------------------------------------------------------------------------- checks and runs
