@@ -104,7 +104,7 @@ def train(folder: Path, case: Case) -> tuple[list[float], dict[str, Tensor], nn.
     mesh = Mesh.build(ParallelConfig(**dict(case.axes)), CPU)
     net, _ = make(folder, mesh, case)
     if case.everywhere and case.offload.activations != "none":
-        keeper_of(net).smallest = 0
+        keeper_of(net).smallest = 1
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     opt = offload.optimizer(partial(build_optimizer, trained.items(), AdamWConfig(lr=1e-2, weight_decay=0.1)), case.offload, CPU)
     if isinstance(opt, Visiting):
@@ -158,7 +158,6 @@ MOVING = {
     "cpu-tensor": Case(OffloadConfig(activations="cpu"), (("tensor", 2),)),
     "cpu-tensor-lora": Case(OffloadConfig(activations="cpu"), (("tensor", 2),), lora=True),
     "cpu-context": Case(OffloadConfig(activations="cpu"), (("context", 2),)),
-    "cpu-default-size": Case(OffloadConfig(activations="cpu"), everywhere=False),
 }
 
 
@@ -233,7 +232,7 @@ def test_the_device_keeps_two_blocks_and_brings_one_ahead(folder, mesh, monkeypa
 
 
 def test_a_storage_moves_once_and_views_keep_their_strides(monkeypatch):
-    keeper, net = Keeper(LANE, InMemory(LANE), smallest=0), nn.Module()
+    keeper, net = Keeper(LANE, InMemory(LANE), smallest=1), nn.Module()
     weight = net.weight = nn.Parameter(torch.randn(8, 8))
     table, seen = torch.randn(16, 8), []
 
@@ -347,10 +346,10 @@ def recompute_some(blocks: list[nn.Module]) -> list[str]:
     return []
 
 
-def test_compiled_blocks(folder, mesh):
-    """Compiled is inside, as is recomputation of what is compiled."""
-    net, _ = make(folder, mesh, Case(OffloadConfig()))
-    blocks, found = list(net.model.layers)[:1], []
+def compiled_gradients(rank, world, folder):
+    """Whether the gradients of a model with compiled blocks are the same: plain, moved, and recomputed and moved."""
+    net, _ = make(folder, Mesh.build(ParallelConfig(), CPU), Case(OffloadConfig()))
+    micro, blocks, found = rows_of(Mesh.build(ParallelConfig(), CPU), 1), list(net.model.layers)[:1], []
     for block in blocks:
         block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
     compiled = [block.forward for block in blocks]
@@ -360,12 +359,17 @@ def test_compiled_blocks(folder, mesh):
         recompute_some(blocks if recompute else [])
         if moves:
             offload._activations(blocks, CPU, OffloadConfig(activations="cpu"))
-            keeper_of(net).smallest = 0
-        forward(net, rows_of(mesh, 1)).backward()
+            keeper_of(net).smallest = 1
+        forward(net, micro).backward()
         found.append(gradients(net))
         assert not moves or keeper_of(net).home.pool.total > 0
-    assert all(torch.equal(g, other[name]) for other in found[1:] for name, g in found[0].items())
     assert all(g.norm() > 1e-4 for g in found[0].values())
+    return [max(float((g - other[name]).norm() / g.norm()) for name, g in found[0].items()) for other in found]
+
+
+def test_compiled_blocks(folder):
+    """Compiled is inside, as is recomputation of what is compiled."""
+    assert run(compiled_gradients, 1, folder) == [[0, 0, 0]]
 
 
 def test_files_of_activations(folder, mesh, tmp_path, monkeypatch):
