@@ -95,6 +95,12 @@ REFUSED = [  # keys; ranks; facts of the model
     (["--offload.folder=x"], 1, {}),
     (["--offload.parameters=true", "--offload.optimizer=true"], 1, {}),
     (["--offload.parameters=true", "--offload.frozen=true"], 1, {}),
+    (["--offload.activations=hidden_states"], 1, {}),
+    (["--offload.activations=cpu", "--recompute.kind=selective"], 1, {}),
+    (["--offload.activations=disk", "--offload.folder=/proc/nowhere"], 1, {}),
+    (["--offload.frozen=true"], 1, {}),
+    (["--offload.frozen=true", "--lora.rank=8"], 2, {}),
+    (["--offload.frozen=true", "--lora.rank=8", "--compile.backend=eager"], 1, {}),
     (["--tiling.mlp=-1"], 1, {}),
     (["--compile.backend=eager", "--compile.mode=max-autotune-no-cudagraphs"], 1, {}),
 ]
