@@ -30,11 +30,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from parallel.transfer import Buffer, Lane, Mark, Pool, finish, padded
 
 SMALLEST = 4096  # bytes; what is less is not worth a copy
+PLAIN = (Tensor, FakeTensor)  # no parameters, no DTensors; fake ones are those of dry runs
 IN_FLIGHT = 2  # blocks whose copies may be under way while the next ones run
 QUEUED = 2 * 2**30  # bytes that may wait to be written to disk
 
@@ -212,14 +214,14 @@ class Chest:
     def pack(self, t: Tensor) -> Tensor | Packed:
         keeper = self.keeper
         # a detached tensor: a saved output that held its own node would never be freed
-        if type(t) is not Tensor or t.device != keeper.lane.device:
+        if type(t) not in PLAIN or t.device != keeper.lane.device:
             return t.detach()
         storage = t.untyped_storage()
         if storage.nbytes() < keeper.smallest or storage._cdata in self.stay:
             return t.detach()
         key = (storage._cdata, t._version)
         if key not in self.here:
-            self.here[key] = Piece(self, torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage))
+            self.here[key] = Piece(self, _bytes(t))
             self.pieces.append(weakref.ref(self.here[key]))
         return Packed(self.here[key], t.dtype, t.shape, t.stride(), t.storage_offset())
 
@@ -229,7 +231,8 @@ class Chest:
         if not self.wanted:
             self.arrive()
         data = saved.piece.data
-        return torch.empty(0, dtype=saved.dtype, device=data.device).set_(data.untyped_storage(), saved.offset, saved.shape, saved.stride)
+        whole = data[: data.numel() // saved.dtype.itemsize * saved.dtype.itemsize]
+        return whole.view(saved.dtype).as_strided(saved.shape, saved.stride, saved.offset)
 
     def alive(self) -> Iterator[Piece]:
         """The last saved first: that is the order in which the backward asks."""
@@ -286,6 +289,12 @@ class Keeper:
             return out
 
         block.forward = call
+
+
+def _bytes(t: Tensor) -> Tensor:
+    """The whole storage of `t`, [n] uint8. By views: of a storage that `set_` was given, fake tensors never let go."""
+    size = t.untyped_storage().nbytes() // t.dtype.itemsize
+    return t.detach().as_strided((size,), (1,), 0).view(torch.uint8)
 
 
 def _storage(t: Tensor) -> int:

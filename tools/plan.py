@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 import sys
 from collections import defaultdict
@@ -135,12 +136,14 @@ def measured_step(cfg: RunConfig, net: Decoder, mesh: Mesh) -> Profile:
     from objective import lm
     from optim.adamw import build, set_lr
     from optim.clip import clip
+    from parallel import offload, transfer
     from parallel.context import RECEIVED
     from parallel.fsdp import last_backward
     from runtime.memory import Ledger
 
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    opt, row = build(trained.items(), cfg.optim), a_row(cfg, mesh)
+    opt = offload.optimizer(functools.partial(build, trained.items(), cfg.optim), cfg.offload, mesh.device)
+    row, there = a_row(cfg, mesh), cfg.offload.parameters
     net.train()
     for p in trained.values():  # DTensor looks at each new list of tensors once, with tensors of its own that are no run's
         p.grad = torch.zeros_like(p)
@@ -148,9 +151,11 @@ def measured_step(cfg: RunConfig, net: Decoder, mesh: Mesh) -> Profile:
     opt.step()
     opt.zero_grad(set_to_none=True)
     with Ledger(RECEIVED) as ledger, ledger.saving(), watched(net, ledger, cfg.parallel.prefetch):
-        ledger.tag("host" if cfg.offload.parameters else "parameters", net.parameters())
+        transfer.observers.append(lambda memory: ledger.tag("host", [memory]))
+        for name, p in net.named_parameters():
+            ledger.tag("host" if there or name in net.on_host else "parameters", [p])
         state = [t for tensors in opt.state.values() for t in tensors.values()]
-        ledger.tag("host" if cfg.offload.parameters or cfg.offload.optimizer else "optimizer", state)
+        ledger.tag("host" if there or cfg.offload.optimizer else "optimizer", state)
         traffic, last = [], min(cfg.train.accumulate, 3)  # the first micro-batch, one between, and the last
         for i in range(last):
             last_backward(net, i == last - 1, cfg.parallel)
@@ -158,7 +163,7 @@ def measured_step(cfg: RunConfig, net: Decoder, mesh: Mesh) -> Profile:
             ledger.mark("head, forward")
             loss.backward()
             ledger.mark("embedding, backward")
-            ledger.tag("host" if cfg.offload.parameters else "gradients", [p.grad for p in trained.values() if p.grad is not None])
+            ledger.tag("host" if there else "gradients", [p.grad for p in trained.values() if p.grad is not None])
             traffic.append(dict(ledger.traffic))
             del loss
         clip(trained.values(), cfg.optim.max_norm)
@@ -167,6 +172,7 @@ def measured_step(cfg: RunConfig, net: Decoder, mesh: Mesh) -> Profile:
         opt.step()
         ledger.mark("optimizer")
         opt.zero_grad(set_to_none=True)
+        transfer.observers.pop()
     received, more = dict(ledger.traffic), cfg.train.accumulate - last
     if more:
         received = {name: n + more * (traffic[1].get(name, 0) - traffic[0].get(name, 0)) for name, n in received.items()}
@@ -239,6 +245,15 @@ def period(cfg: RunConfig, arch: Arch, mesh: Mesh) -> int:
     return math.lcm(every, kinds if mesh.axes["context"] > 1 else 1)  # windows change what context ranks exchange, nothing else
 
 
+def as_planned(cfg: RunConfig) -> RunConfig:
+    """Without what fake tensors cannot go through: compiled blocks run as they are, and what would go to disk goes to host memory,
+    which for the device is the same."""
+    kind = "none" if cfg.recompute.kind == "budget" else cfg.recompute.kind
+    activations = "cpu" if cfg.offload.activations == "disk" else cfg.offload.activations
+    offload = replace(cfg.offload, activations=activations, folder="")
+    return replace(cfg, compile=None, recompute=replace(cfg.recompute, kind=kind), offload=offload)
+
+
 def plan(cfg: RunConfig, arch: Arch, mesh: Mesh, layers: int | None = None) -> Plan:
     """The plan for `layers` layers (default: all), from two models of few.
 
@@ -250,7 +265,7 @@ def plan(cfg: RunConfig, arch: Arch, mesh: Mesh, layers: int | None = None) -> P
     check(cfg, mesh.axes, arch, cfg.data.tokens, cfg.lora)
     layers, step = layers or arch.num_hidden_layers, period(cfg, arch, mesh)
     few = step * -(-(2 + cfg.parallel.prefetch) // step)
-    cfg = replace(cfg, compile=None, recompute=replace(cfg.recompute, kind="none") if cfg.recompute.kind == "budget" else cfg.recompute)
+    cfg = as_planned(cfg)
     if layers <= few + step:
         few, step = layers, 1
     dry_step(replace(cfg, train=replace(cfg.train, accumulate=1)), shortened(arch, few), mesh)
