@@ -37,9 +37,7 @@ def steps(pairs: list[tuple]) -> list[str]:
         keys, facts = support.combined(*pair)
         try:
             cfg, axes = support.settings(keys)
-            cfg = plan.on_a_gpu(replace(cfg, compile=None))
-            if cfg.recompute.kind == "budget":
-                continue  # compiled blocks are run in parallel/test_compile.py
+            cfg = plan.as_planned(plan.on_a_gpu(cfg))  # compiled blocks are run in parallel/test_compile.py, disks in test_offload.py
             with plan.fake_ranks(math.prod(axes.values())):
                 mesh = Mesh.build(cfg.parallel, torch.device("cpu"))
                 net, _ = assemble(cfg, support.arch(facts), mesh)
