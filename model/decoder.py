@@ -65,6 +65,7 @@ class Decoder(nn.Module):
     """compute_dtype: dtype of activations; weights are cast to it where they are used.
 
     on_host: names of parameters that lie in host memory whatever the device (parallel/offload.py).
+    logits_bytes: size of a buffer of logits, of which one or two exist at a time; None: as suits the device.
     """
 
     TP = {"lm_head": "vocab"}
@@ -74,6 +75,7 @@ class Decoder(nn.Module):
         self.arch = arch
         self.compute_dtype = torch.float32
         self.on_host: frozenset[str] = frozenset()
+        self.logits_bytes: int | None = None
         self.model = Trunk(arch)
         self.lm_head = None if arch.tie_word_embeddings else Head(arch.vocab_size, arch.hidden_size)
 
@@ -102,7 +104,7 @@ class Decoder(nn.Module):
         weight = here(head.weight)
         if logits_at is not None:
             return logits(h[logits_at], weight, self.arch.logit_softcap, head.shard)
-        return token_logprobs(h, weight, row.labels, self.arch.logit_softcap, head.shard)
+        return token_logprobs(h, weight, row.labels, self.arch.logit_softcap, head.shard, self.logits_bytes)
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """[B, S] int64 -> [B, S, V] fp32; every row is a document of its own. For inspection and tests."""

@@ -27,12 +27,19 @@ class Head(Slots):
         return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None, split: Vocabulary | None = None) -> Tensor:
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    softcap: float | None = None,
+    split: Vocabulary | None = None,
+    budget: int | None = None,
+) -> Tensor:
     """hidden: [T, D], weight: [V, D], labels: [T] int64 -> log p(label) [T] fp32, 0 where the label is negative.
 
-    With `split`, `weight` is this rank's rows of the vocabulary.
+    With `split`, `weight` is this rank's rows of the vocabulary. budget: bytes of a buffer of logits; None: as suits the device.
     """
-    return linear_logprob(hidden, weight, labels, softcap, split=split)
+    return linear_logprob(hidden, weight, labels, softcap, budget, split)
 
 
 def logits(hidden: Tensor, weight: Tensor, softcap: float | None = None, split: Vocabulary | None = None) -> Tensor:

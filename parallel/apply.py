@@ -7,7 +7,7 @@ from torch import nn
 
 from model.arch import Arch
 from model.config import LoraConfig
-from parallel import context, fsdp, offload, recompute, tensor
+from parallel import compile, context, fsdp, offload, recompute, tensor, tiling
 from parallel.config import Sections
 from parallel.mesh import Mesh
 from runtime.errors import ConfigError
@@ -23,6 +23,8 @@ def check(cfg: Sections, axes: dict[str, int], arch: Arch, tokens: int, lora: Lo
     tensor.check(arch, axes["tensor"], axes["shard"] * axes["context"])
     fsdp.check(cfg.parallel, axes)
     offload.check(cfg, axes, lora)
+    recompute.check(cfg)
+    compile.check(cfg, lora.dropout if lora else 0.0)
     shared = [f"parallel.{axis}={axes[axis]}" for axis in ("context", "tensor") if axes[axis] > 1]
     if lora is not None and lora.dropout and shared:
         # a rank sees a part of a linear's input and would draw another mask than one rank does for the same pack
@@ -30,12 +32,14 @@ def check(cfg: Sections, axes: dict[str, int], arch: Arch, tokens: int, lora: Lo
 
 
 def parallelize(net: nn.Module, mesh: Mesh, cfg: Sections, compute: torch.dtype) -> list[str]:
-    """Split rows and matrices, then recompute, then shard: FSDP2 shards what tensor parallelism left to a rank, and its hooks
-    must surround a block as a whole, recomputation included. Returns lines for the start-up report."""
+    """Split rows and matrices, cut what is computed in tiles, then recompute, compile, shard: each takes the forward of a block as
+    the one before left it, and FSDP2's hooks surround all of it. Returns lines for the start-up report."""
     blocks = list(net.model.layers)
     report = context.wrap(net, mesh, cfg.parallel.context_method)
     tensor.split(net, mesh.weights["tensor"])
-    recompute.apply(blocks, cfg.recompute)
+    report += tiling.apply(net, cfg.tiling, mesh.axes["tensor"])
+    report += recompute.apply(blocks, cfg.recompute)
+    report += compile.apply(blocks, cfg)
     report += offload.apply(net, blocks, mesh.device, cfg)
     fsdp.shard(net, blocks, mesh, cfg, compute)
     return report

@@ -85,7 +85,7 @@ def model(
     tmp: Path,
     mesh: Mesh | None,
     lora: bool,
-    recompute: str,
+    recompute: str | RecomputeConfig,
     dropout: float = 0.0,
     context_method: str = "auto",
     compute: torch.dtype = torch.float32,
@@ -101,7 +101,8 @@ def model(
     apply_trainable(net, cfg, compute, torch.float32)
     net.use_kernels(KernelsConfig(), "cpu", compute)
     if mesh is not None:
-        sections = {"parallel": ParallelConfig(context_method=context_method), "recompute": RecomputeConfig(kind=recompute)} | sections
+        again = RecomputeConfig(kind=recompute) if isinstance(recompute, str) else recompute
+        sections = {"parallel": ParallelConfig(context_method=context_method), "recompute": again} | sections
         parallelize(net, mesh, Sections(**sections), compute)
     net.to_empty(device="cpu")
     net.reset_buffers("cpu")

@@ -1,0 +1,183 @@
+"""Recomputation: gradients are those without it, bit for bit, in every layout; less is kept; what is kept does not run again."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.batch import Batch
+from kernels.attention import attention_ops
+from model.arch import Arch
+from model.config import LoraConfig
+from model.decoder import Decoder
+from objective import lm
+from parallel import recompute
+from parallel.apply import check
+from parallel.config import CompileConfig, ParallelConfig, RecomputeConfig, TilingConfig
+from parallel.context import RING, split
+from parallel.mesh import AXES, Mesh, sizes
+from runtime.errors import ConfigError
+from tests.harness import run
+from tests.parallel.test_layouts import VOCAB, backward, grads, model, rows
+from tests.parallel.watch import Watch
+from tests.tiny import LLAMA, Sections
+
+MODES = {
+    "full": RecomputeConfig("full"),
+    "every_n": RecomputeConfig("every_n"),
+    "attention": RecomputeConfig("selective"),
+    "operators": RecomputeConfig("selective", save=("matmul", "collectives", "aten.mul.Tensor", "salamander.varlen")),
+}
+LAYOUTS = [((1, 1, 1, 1), "auto"), ((1, 2, 1, 1), "auto"), ((1, 1, 1, 2), "auto")]
+LAYOUTS += [((1, 1, 2, 1), "allgather"), ((1, 1, 2, 1), "ulysses"), ((1, 1, 2, 1), "ring")]
+VARLEN, MM = torch.ops.salamander.varlen.default, torch.ops.aten.mm.default
+LAYERS, TOKENS = 3, 320
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    changes = {"vocab_size": VOCAB, "initializer_range": 0.2, "num_hidden_layers": LAYERS}
+    (path / "config.json").write_text(json.dumps(LLAMA | changes))
+    return path
+
+
+def differences(rank: int, world: int, folder: Path, axes: dict, method: str, turn: int) -> dict[str, float]:
+    """For each mode, full or LoRA in turns: the largest difference to the gradients without recomputation."""
+    mesh, found = Mesh.build(ParallelConfig(**axes), torch.device("cpu")), {}
+    micro = [split(row, mesh) for row in rows(192, 2)]
+    dropout = 0.3 if axes["tensor"] == axes["context"] == 1 else 0.0
+    for lora in (False, True):
+        setting = {"context_method": method, "parallel": ParallelConfig(**axes), "dropout": dropout}
+        want = grads_of(model(folder, mesh, lora, "none", **setting), micro)
+        assert all(g.norm() > 1e-4 for g in want.values())
+        for name, mode in list(MODES.items())[(lora + turn) % 2 :: 2]:
+            got = grads_of(model(folder, mesh, lora, mode, **setting), micro)
+            assert got.keys() == want.keys()
+            found[f"{name}, {'LoRA' if lora else 'full'}"] = max((got[n] - g).abs().max().item() for n, g in want.items())
+    return found
+
+
+def grads_of(net: Decoder, micro: list[Batch]) -> dict[str, torch.Tensor]:
+    backward(net, micro, 100, seed=7)
+    return grads(net)
+
+
+@pytest.mark.parametrize(("axes", "method"), LAYOUTS, ids=str)
+def test_gradients_are_those_without_recomputation(folder, axes, method):
+    turn = LAYOUTS.index((axes, method)) // 2 + LAYOUTS.index((axes, method))
+    for found in run(differences, math.prod(axes), folder, dict(zip(AXES, axes)), method, turn):
+        assert found == dict.fromkeys(found, 0.0)
+        assert len(found) == len(MODES)
+
+
+# -- what is kept and what runs again --------------------------------------------------------------------------------------
+
+
+def watched(folder: Path, cfg: RecomputeConfig) -> tuple[int, int, Watch]:
+    """Bytes that autograd keeps, bytes that live after the forward pass, and what ran in both passes."""
+    net, row, kept = model(folder, None, False, "none"), rows(TOKENS, 1)[0], {}
+    recompute.apply(list(net.model.layers), cfg)
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage()._cdata] = (t.untyped_storage().nbytes(), t)
+        return t
+
+    with Watch() as watch:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = lm.loss(net, row, 100)
+        live, saved = watch.live(), sum(size for size, _ in kept.values())
+        loss.backward()
+    return saved, live, watch
+
+
+@pytest.fixture(scope="module")
+def seen(folder) -> dict[str, tuple[int, int, Watch]]:
+    return {name: watched(folder, cfg) for name, cfg in (MODES | {"none": RecomputeConfig()}).items()}
+
+
+def test_less_is_kept_the_more_is_recomputed(seen):
+    saved, live, row = {n: x[0] for n, x in seen.items()}, {n: x[1] for n, x in seen.items()}, TOKENS * LLAMA["hidden_size"] * 4
+    assert saved["none"] > saved["every_n"] > saved["full"]
+    assert (saved["none"] - saved["every_n"]) / (saved["none"] - saved["full"]) == pytest.approx(2 / 3, abs=0.01)  # blocks 0 and 2
+    assert saved["none"] - saved["full"] > LAYERS * 8 * row
+    # autograd does not count what selective recomputation keeps
+    assert live["none"] > live["attention"] > live["full"]
+    lse = TOKENS * LLAMA["num_attention_heads"] * 4
+    assert live["attention"] - live["full"] == LAYERS * (row + lse)
+
+
+def test_what_is_kept_does_not_run_again(seen):
+    ran = {name: watch.ran for name, (_, _, watch) in seen.items()}
+    assert [ran[name][VARLEN] for name in ("none", "full", "every_n", "attention", "operators")] == [3, 6, 5, 3, 3]
+    products = 7 * LAYERS  # the last of a block is not needed again
+    assert ran["full"][MM] - ran["none"][MM] == ran["attention"][MM] - ran["none"][MM] == products - LAYERS
+    assert ran["operators"][MM] == ran["none"][MM]
+
+
+# -- names -----------------------------------------------------------------------------------------------------------------
+
+
+def test_groups_and_names():
+    aten = torch.ops.aten
+    assert recompute.operators(("attention",)) == {*attention_ops(), RING} >= {VARLEN, aten._scaled_dot_product_flash_attention.default}
+    assert {MM, aten.addmm.default, aten.bmm.default, aten._scaled_mm.default} <= recompute.operators(("matmul",))
+    functional = torch.ops._c10d_functional
+    assert {functional.wait_tensor.default, functional.all_gather_into_tensor.default} <= recompute.operators(("collectives",))
+    assert recompute.operators(("aten.mm.default", "salamander.varlen")) == {MM, VARLEN}
+    assert recompute.operators(("aten.mul",)) > recompute.operators(("aten.mul.Tensor",)) == {aten.mul.Tensor}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"recompute": RecomputeConfig("selective", save=("atention",))},
+            "recompute.save='atention' is neither a group nor an operator of this torch; did you mean 'attention'? "
+            "Groups are attention, matmul, collectives",
+        ),
+        ({"recompute": RecomputeConfig("selective", save=("aten.mmm",))}, "did you mean 'aten.mm'?"),
+        ({"recompute": RecomputeConfig("selective", save=("salamander.varlan",))}, "did you mean 'salamander.varlen'?"),
+        ({"recompute": RecomputeConfig("selective", save=("aten.mm.defolt",))}, "did you mean 'aten."),
+        ({"recompute": RecomputeConfig("selective", save=("aten.name", "?"))}, "recompute.save='aten.name' is neither"),
+        (
+            {"recompute": RecomputeConfig("selective", save=("matmul",)), "tiling": TilingConfig(mlp=64)},
+            "recompute.save=['matmul'] keeps what tiling.mlp is not to keep; leave matmul out, or use tiling.mlp=0",
+        ),
+        (
+            {"recompute": RecomputeConfig("budget")},
+            "recompute.kind='budget' is the compiler's choice and needs [compile]; without it use recompute.kind='selective'",
+        ),
+        (
+            {"recompute": RecomputeConfig("budget"), "compile": CompileConfig("eager")},
+            "recompute.kind='budget' is the compiler's choice and needs [compile], not compile.backend='eager'; without it",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused(folder, changes, message):
+    with pytest.raises(ConfigError) as raised:
+        check(Sections(**changes), sizes(ParallelConfig(), 1), Arch.from_folder(folder), 128, None)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_works_is_not_refused(folder):
+    arch, axes = Arch.from_folder(folder), sizes(ParallelConfig(), 1)
+    for mode in MODES.values():
+        check(Sections(recompute=mode), axes, arch, 128, LoraConfig(dropout=0.1))
+    check(Sections(recompute=RecomputeConfig("budget"), compile=CompileConfig()), axes, arch, 128, LoraConfig(dropout=0.1))
+
+
+def test_the_report_says_what_is_recomputed(folder):
+    net = model(folder, None, False, "none")
+    blocks = list(net.model.layers)
+    assert recompute.apply(blocks, RecomputeConfig()) == []
+    assert recompute.apply(blocks, MODES["every_n"]) == ["recompute: every_n, in 2 of 3 blocks"]
+    (line,) = recompute.apply(blocks, MODES["attention"])
+    assert line.startswith("recompute: selective, keeps attention (")
+    assert line.endswith(" operators), in 3 of 3 blocks")
+    assert net.state_dict().keys() == model(folder, None, False, "none").state_dict().keys()
