@@ -32,8 +32,8 @@ def check(cfg: Sections, axes: dict[str, int], arch: Arch, tokens: int, lora: Lo
 
 
 def parallelize(net: nn.Module, mesh: Mesh, cfg: Sections, compute: torch.dtype) -> list[str]:
-    """Split rows and matrices, cut what is computed in tiles, then recompute, compile, shard: each takes the forward of a block as
-    the one before left it, and FSDP2's hooks surround all of it. Returns lines for the start-up report."""
+    """Split rows and matrices, cut what is computed in tiles, then recompute, compile, offload, shard: each takes the forward of a
+    block as the one before left it, and FSDP2's hooks surround all of it. Returns lines for the start-up report."""
     blocks = list(net.model.layers)
     report = context.wrap(net, mesh, cfg.parallel.context_method)
     tensor.split(net, mesh.weights["tensor"])
