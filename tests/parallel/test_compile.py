@@ -22,7 +22,7 @@ from model.config import LoraConfig
 from model.decoder import Decoder
 from parallel import compile
 from parallel.apply import check, parallelize
-from parallel.config import CompileConfig, ParallelConfig, RecomputeConfig, TilingConfig
+from parallel.config import CompileConfig, OffloadConfig, ParallelConfig, RecomputeConfig, TilingConfig
 from parallel.context import split
 from parallel.mesh import AXES, Mesh, sizes
 from runtime.errors import ConfigError
@@ -165,6 +165,24 @@ def test_gradients_are_those_of_eager(folders, axes, method):
         assert [equal for equal, _ in found] == [True] * len(jobs)
         extra = [lora + (again.kind == "every_n") for _, lora, again, _, _ in jobs]
         assert [count for _, count in found] == [2 + more for more in extra]
+
+
+def offloaded(rank: int, world: int, folder: Path) -> list[bool]:
+    """Are gradients those without, where what compiled blocks save waits in host memory?"""
+    mesh, micro, found = Mesh.build(ParallelConfig(), torch.device("cpu")), packings(4), []
+    for again, kind in ((NONE, "cpu"), (FULL, "hidden_states")):
+        forget()
+        eager = model(folder, mesh, False, "none")
+        net = model(folder, mesh, False, again, compile=CompileConfig(AOT), offload=OffloadConfig(kind))
+        for each in (eager, net):
+            backward(each, micro, 100)
+        found.append(same(grads(net), grads(eager)))
+        assert graphs() == 1
+    return found
+
+
+def test_activations_of_compiled_blocks_can_wait_in_host_memory(folders):
+    assert run(offloaded, 1, folders["llama-biases-v5"], timeout=120) == [[True, True]]
 
 
 def with_inductor(rank: int, world: int, folder: Path) -> float:
