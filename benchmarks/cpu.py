@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
@@ -376,15 +376,15 @@ def _cell(*arguments: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _machine() -> dict:
+def machine() -> dict:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(gib), "load": round(os.getloadavg()[0], 1)}
 
 
-def _versions() -> dict:
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+def versions(packages: Iterable[str]) -> dict:
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
 
 
 def main(argv: list[str]) -> int:
@@ -408,8 +408,8 @@ def main(argv: list[str]) -> int:
     facts = {
         "command": " ".join(["python -m benchmarks.cpu", *given]),
         "date": date.today().isoformat(),
-        "machine": _machine(),
-        "versions": _versions(),
+        "machine": machine(),
+        "versions": versions(PACKAGES),
     }
     goals = [
         {

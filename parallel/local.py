@@ -1,4 +1,4 @@
-"""Several CPU ranks on this machine: the parent has imported torch, children are forked, gloo connects them.
+"""Several ranks on this machine: the parent has imported torch, children are forked, gloo connects them (or another backend).
 
 Starting ranks with torchrun costs an import of torch each (seconds); a fork costs a tenth of a second. Facts it rests on:
 
@@ -34,13 +34,13 @@ class RankFailed(AssertionError):
     """Some rank raised, died or did not finish in time; the message holds its traceback or the exit codes."""
 
 
-def run(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 60.0) -> list[Any]:
-    """Runs `fn(rank, world, *args)` on `world` forked gloo ranks and returns their results in rank order."""
+def run(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 60.0, backend: str = "gloo") -> list[Any]:
+    """Runs `fn(rank, world, *args)` on `world` forked ranks and returns their results in rank order."""
     ctx = multiprocessing.get_context("fork")
     results = ctx.Queue()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         store = Path(folder) / "store"
-        ranks = [ctx.Process(target=_rank, args=(r, world, store, fn, args, results), daemon=True) for r in range(world)]
+        ranks = [ctx.Process(target=_rank, args=(r, world, store, backend, fn, args, results), daemon=True) for r in range(world)]
         for process in ranks:
             process.start()
         try:
@@ -95,12 +95,12 @@ def _apart(fn: Callable[..., Any], args: tuple, results) -> None:
     os._exit(0)
 
 
-def _rank(rank: int, world: int, store: Path, fn: Callable[..., Any], args: tuple, results) -> None:
+def _rank(rank: int, world: int, store: Path, backend: str, fn: Callable[..., Any], args: tuple, results) -> None:
     """A child: never returns into pytest's frames."""
     try:
         torch.set_num_threads(1)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world)
         value = fn(rank, world, *args)
         dist.barrier()  # nobody leaves while another still talks to it
         results.put((rank, True, value))
