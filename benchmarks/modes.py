@@ -24,7 +24,6 @@ that rounds can be compared. `--compile` adds the modes that compile, which take
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import sys
@@ -50,13 +49,12 @@ from model.weights import generator, local, region
 from objective import lm
 from optim.adamw import build
 from optim.clip import clip
-from parallel import offload
+from parallel import offload, transfer
 from parallel.apply import check
 from parallel.context import RECEIVED, split
 from parallel.fsdp import last_backward
 from parallel.local import RankFailed, apart, run
 from parallel.mesh import AXES, Mesh
-from parallel.transfer import Pool
 from runtime.config import load
 from runtime.memory import Ledger
 from train import RunConfig, assemble
@@ -211,6 +209,9 @@ class Side:
         check(cfg, mesh.axes, arch, cfg.data.tokens, cfg.lora)
         self.units = sum(map(lm.count, whole))
         self.micro = [split(row, mesh) for row in whole[mesh.data_rank :: mesh.data_size]]
+        self.buffers: list[Tensor] = []  # in host memory, where activations wait
+        if self.device.type == "cpu":  # on CUDA the allocator tells host from device, and may take memory as it does in a run
+            transfer.observers[:] = [self.buffers.append]
         self.before = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
         self.net, _ = assemble(cfg, arch, mesh)
         materialize(self.net, self.device, 0, None)
@@ -272,13 +273,11 @@ class Side:
         return peak, received
 
     def at_home(self) -> Iterator[Tensor]:
-        """What a GPU's host would hold between two steps, and through which activations went there."""
+        """What a GPU's host would hold between two steps."""
         yield from (p for name, p in self.net.named_parameters() if name in self.net.on_host)
         if self.cfg.offload.optimizer or self.cfg.offload.parameters:
             yield from (t for tensors in self.opt.state.values() for t in tensors.values())
-        for pool in [x for x in gc.get_objects() if type(x) is Pool]:  # isinstance would ask each for its class, and some of torch's warn
-            yield pool.rest
-            yield from (buffer.memory for free in pool.free.values() for buffer in free)
+        yield from self.buffers
 
 
 def gate(want: tuple[float, float], found: tuple[float, float], bounds: tuple[float, float]) -> None:
