@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -9,7 +11,7 @@ from model.arch import Arch
 from model.config import LoraConfig
 from parallel import compile, context, fsdp, offload, recompute, tensor, tiling
 from parallel.config import Sections
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, nearest
 from runtime.errors import ConfigError
 
 
@@ -19,8 +21,17 @@ def check(cfg: Sections, axes: dict[str, int], arch: Arch, tokens: int, lora: Lo
     Raises:
         ConfigError: no; with the numbers, and the nearest choice that works.
     """
-    context.check(arch, axes["context"], axes["tensor"], cfg.parallel.context_method)
-    tensor.check(arch, axes["tensor"], axes["shard"] * axes["context"])
+
+    def misfit(axes: dict[str, int]) -> ConfigError | None:
+        try:
+            tensor.check(arch, axes["tensor"], axes["shard"] * axes["context"])
+            context.check(arch, axes["context"], axes["tensor"], cfg.parallel.context_method)
+        except ConfigError as error:
+            return error
+
+    if error := misfit(axes):
+        use = nearest(cfg.parallel, math.prod(axes.values()), lambda other: misfit(other) is None)
+        raise ConfigError(f"{error.message}; use {use}", error.key, error.value) from error
     fsdp.check(cfg.parallel, axes)
     offload.check(cfg, axes, lora)
     recompute.check(cfg)

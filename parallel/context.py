@@ -50,15 +50,13 @@ def check(arch: Arch, size: int, tensor: int, method: str) -> None:
     """Can `size` ranks, each again `tensor` ranks, share rows of this model?
 
     Raises:
-        ConfigError: heads do not divide.
+        ConfigError: heads do not divide. `parallel.apply.check` says what to use instead.
     """
     heads = arch.num_attention_heads // tensor
     if method == "ulysses" and heads % size:
         here = f"{heads} attention heads" + (f" of each of {tensor} tensor ranks" if tensor > 1 else "")
-        best = math.gcd(heads, size)
         raise ConfigError(
-            f"of ulysses does not divide the {here} ({arch.name or arch.family}); "
-            f"use parallel.context={best} or parallel.context_method=allgather",
+            f"of ulysses does not divide the {here} ({arch.name or arch.family}), as parallel.context_method=allgather need not",
             "parallel.context",
             size,
         )

@@ -39,14 +39,16 @@ def check(cfg: ParallelConfig, axes: dict[str, int]) -> None:
     n, ranks = cfg.reshard, axes["shard"] * axes["context"]
     if isinstance(n, str):
         return
+    if axes["tensor"] > 1:  # torch makes the groups of n from this rank's row of the mesh alone, and all ranks must make the same ones
+        raise ConfigError(
+            f"as a number does not work with parallel.tensor={axes['tensor']}; use parallel.reshard='forward' or 'backward'",
+            "parallel.reshard",
+            n,
+        )
     if ranks % n:
         best = max(d for d in range(1, min(n, ranks) + 1) if ranks % d == 0)
         use = f"parallel.reshard={best}" if best > 1 else "parallel.reshard='backward'"
         raise ConfigError(f"does not divide the {ranks} ranks that share the weights (shard x context); use {use}", "parallel.reshard", n)
-    if axes["tensor"] > 1:  # torch makes the groups of n from this rank's row of the mesh alone, and all ranks must make the same ones
-        raise ConfigError(
-            f"as a number does not work with parallel.tensor={axes['tensor']}; use 'forward' or 'backward'", "parallel.reshard", n
-        )
 
 
 def shard(net: nn.Module, blocks: list[nn.Module], mesh: Mesh, cfg: Sections, compute: torch.dtype) -> None:

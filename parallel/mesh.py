@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,38 +35,44 @@ def sizes(cfg: ParallelConfig, world: int) -> dict[str, int]:
     """The size of each axis at this number of ranks, in the order of AXES.
 
     Raises:
-        ConfigError: the sizes do not multiply to `world`.
+        ConfigError: the sizes do not multiply to `world`; with the nearest that do.
     """
     found = {axis: getattr(cfg, axis) for axis in AXES}
-    others = found["replicate"] * found["context"] * found["tensor"]
-    if found["shard"] == -1:
-        if world % others:
-            raise ConfigError(f"{_product(found)} does not divide the {world} ranks of this run; {_legal(found, world)}", "parallel")
-        found["shard"] = world // others
-    elif others * found["shard"] != world:
+    some = "a multiple of " if found["shard"] == -1 else ""
+    made = math.prod(n for n in found.values() if n != -1)
+    if world % made or (world != made and not some):
+        set_ = " x ".join(f"{axis}={n}" for axis, n in found.items() if n not in (1, -1)) or "shard=1"
+        start = f"{some}{made} rank{'s' * (made > 1)}"
         raise ConfigError(
-            f"{_product(found)} makes {others * found['shard']} ranks, but this run has {world}; "
-            f"set parallel.shard=-1 or start {others * found['shard']} ranks",
+            f"{set_} needs {start}, but this run has {world}; use {nearest(cfg, world)}, or start {start}{' with torchrun' * (world == 1)}",
             "parallel",
         )
+    if some:
+        found["shard"] = world // made
     return found
 
 
-def _product(found: dict[str, int]) -> str:
-    return " x ".join(f"{axis}={n}" for axis, n in found.items() if n != 1 and n != -1) or "shard=1"
+def nearest(cfg: ParallelConfig, world: int, fits: Callable[[dict[str, int]], bool] = lambda axes: True) -> str:
+    """What to set in `cfg` for the layout of `world` ranks that `fits` and is the nearest to the one asked for.
+
+    Near is where few axes change, and by small factors; sizes of `shard`, which decide where weights lie and not who computes
+    what, change more easily.
+    """
+    asked = {axis: n for axis in AXES if (n := getattr(cfg, axis)) != -1}
+
+    def far(axes: dict[str, int]) -> float:
+        return sum(abs(math.log(axes[axis] / n)) * (0.5 if axis == "shard" else 1.0) for axis, n in asked.items())
+
+    axes = next(axes for axes in sorted(_layouts(world), key=far) if fits(axes))
+    return " and ".join(f"parallel.{axis}={axes[axis]}" for axis, n in asked.items() if axes[axis] != n)
 
 
-def _legal(found: dict[str, int], world: int) -> str:
-    """What to change: the largest axis to the nearest size that divides what the others leave, or the number of ranks."""
-    axis = max((a for a in AXES if found[a] > 1), key=lambda a: found[a])
-    rest = 1
-    for other, n in found.items():
-        rest *= n if other != axis and n > 1 else 1
-    left = world // rest
-    if world % rest:
-        return f"start a multiple of {rest * found[axis]} ranks"
-    best = min((d for d in range(1, left + 1) if left % d == 0), key=lambda d: abs(d - found[axis]))
-    return f"use parallel.{axis}={best} or start a multiple of {rest * found[axis]} ranks"
+def _layouts(world: int) -> list[dict[str, int]]:
+    """All sizes of the axes that multiply to `world`."""
+    divisors, found = [n for n in range(1, world + 1) if world % n == 0], [()]
+    for _ in AXES[1:]:
+        found = [(*few, n) for few in found for n in divisors if world % (math.prod(few) * n) == 0]
+    return [dict(zip(AXES, (world // math.prod(few), *few))) for few in found]
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,6 @@ follow their linear (`Lora.TP`).
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -89,20 +87,17 @@ def check(arch: Arch, size: int, fsdp: int) -> None:
     """Can `size` ranks share this model, when `fsdp` ranks (shard x context) share what each of them holds?
 
     Raises:
-        ConfigError: a dimension does not divide.
+        ConfigError: a dimension does not divide. `parallel.apply.check` says what to use instead.
     """
     for name in ("num_key_value_heads", "num_attention_heads", "intermediate_size"):
         if (n := getattr(arch, name)) % size:
-            best = max(d for d in range(1, size + 1) if n % d == 0 and size % d == 0)
-            raise ConfigError(
-                f"does not divide {name}={n} ({arch.name or arch.family}); use parallel.tensor={best}", "parallel.tensor", size
-            )
+            raise ConfigError(f"does not divide {name}={n} ({arch.name or arch.family})", "parallel.tensor", size)
     if arch.vocab_size <= -(-arch.vocab_size // size) * (size - 1):
-        raise ConfigError(f"leaves ranks without rows of the vocabulary ({arch.vocab_size})", "parallel.tensor", size)
+        raise ConfigError(f"leaves ranks without rows of the vocabulary, which has {arch.vocab_size}", "parallel.tensor", size)
     if not _sizes_agree(arch.vocab_size, size, fsdp):
         raise ConfigError(
             f"and shard x context={fsdp} both divide the {arch.vocab_size} rows of the vocabulary unevenly, and torch then loses track of "
-            f"where a rank's rows lie; use a parallel.tensor that divides them, such as {math.gcd(arch.vocab_size, size)}",
+            "where a rank's rows lie",
             "parallel.tensor",
             size,
         )

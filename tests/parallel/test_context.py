@@ -388,12 +388,12 @@ def arch(folder: Path, **changes: object) -> Arch:
     [
         (
             {"context": 8, "context_method": "ulysses"},
-            r"parallel.context=8 of ulysses does not divide the 4 attention heads \(tiny\); "
-            "use parallel.context=4 or parallel.context_method=allgather",
+            r"parallel.context=8 of ulysses does not divide the 4 attention heads \(tiny\), "
+            "as parallel.context_method=allgather need not; use parallel.context=4",
         ),
         (
             {"context": 4, "tensor": 2, "context_method": "ulysses"},
-            "parallel.context=4 of ulysses does not divide the 2 attention heads of each of 2 tensor ranks .*use parallel.context=2 or",
+            "parallel.context=4 of ulysses does not divide the 2 attention heads of each of 2 tensor ranks .*; use parallel.context=2",
         ),
         ({"tensor": 4}, "parallel.tensor=4 does not divide num_key_value_heads=2"),
     ],
@@ -402,7 +402,7 @@ def test_layouts_that_cannot_share_are_refused(tmp_path, layout, message):
     cfg = ParallelConfig(**layout)
     axes = sizes(cfg, cfg.context * cfg.tensor)
     with pytest.raises(ConfigError, match=message):
-        check(Sections(cfg), axes, arch(tmp_path / "tiny"), 128, None)
+        check(Sections(cfg), axes, arch(tmp_path / "tiny", vocab_size=96), 128, None)
 
 
 def test_what_works_is_not_refused(tmp_path):

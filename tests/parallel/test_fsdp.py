@@ -107,7 +107,7 @@ def test_reducing_in_bf16_halves_the_traffic_of_gradients(arch):
         (
             {"reshard": 2, "tensor": 2},
             4,
-            "parallel.reshard=2 as a number does not work with parallel.tensor=2; use 'forward'",
+            "parallel.reshard=2 as a number does not work with parallel.tensor=2; use parallel.reshard='forward' or",
         ),
     ],
 )
