@@ -7,6 +7,9 @@ Axes, outermost first:
     context     ranks that hold one row of tokens together
     tensor      ranks that hold one matrix together; neighbours, so that they share a node
 
+Two names are reserved: `pipeline`, outside of replicate, and `expert`, which will divide shard x context for the experts' weights and leave
+the other axes as they are.
+
 Ranks along replicate and shard read packs of their own; those along context and tensor share one. Weights are sharded over
 shard x context (context ranks hold different tokens, so their gradients add up like any data rank's). A single device is a
 mesh of size 1: nothing else asks how many ranks there are.
