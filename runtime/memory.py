@@ -33,6 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -62,6 +63,7 @@ class Ledger(TorchDispatchMode):
         self.marks: list[tuple[str, int]] = []
         self.traffic: dict[tuple[str, str], int] = defaultdict(int)
         self.received = received or {}
+        self.blind = 0
 
     def _set(self, entry: Entry, size: int) -> None:
         self.time += 1
@@ -144,11 +146,20 @@ class Ledger(TorchDispatchMode):
                 self._set(entry, int(size))
             return found
 
-        torch.UntypedStorage.resize_ = resized
+        self._shapes = shapes = ShardingPropagator._propagate_tensor_meta_non_cached
+
+        def unseen(*args, **kwargs):  # DTensor finds shapes out on fake tensors of the whole size, which are no run's
+            self.blind += 1
+            try:
+                return shapes(*args, **kwargs)
+            finally:
+                self.blind -= 1
+
+        torch.UntypedStorage.resize_, ShardingPropagator._propagate_tensor_meta_non_cached = resized, unseen
         return super().__enter__()
 
     def __exit__(self, *error):
-        torch.UntypedStorage.resize_ = self._resize
+        torch.UntypedStorage.resize_, ShardingPropagator._propagate_tensor_meta_non_cached = self._resize, self._shapes
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -157,6 +168,8 @@ class Ledger(TorchDispatchMode):
         if func is torch.ops._c10d_functional.wait_tensor.default and isinstance(args[0], FakeTensor):
             return args[0]  # as a real one does; the fake kernel makes another tensor
         out = func(*args, **(kwargs or {}))
+        if self.blind:
+            return out
         if func.namespace in ("c10d", "_c10d_functional") or func._schema.name in self.received:
             self._collective(func.namespace, func._schema.name, args, out)
         for t in tree_leaves(out):

@@ -100,9 +100,7 @@ def real(rank: int, world: int, cfg: RunConfig, folder: Path) -> tuple[plan.Prof
 
 def fake(world: int, cfg: RunConfig, folder: Path) -> plan.Profile:
     with plan.fake_ranks(world):
-        mesh, arch = Mesh.build(cfg.parallel, CPU), Arch.from_folder(folder)
-        plan.dry_step(cfg, arch, mesh)
-        return plan.dry_step(cfg, arch, mesh)
+        return plan.dry_step(cfg, Arch.from_folder(folder), Mesh.build(cfg.parallel, CPU))
 
 
 STEPS = [

@@ -117,8 +117,7 @@ class Plan:
 
 
 def dry_step(cfg: RunConfig, arch: Arch, mesh: Mesh) -> Profile:
-    """A step of rank 0 with all layers of `arch`, on fake tensors. Call it twice where parameters are new: DTensor's first look at
-    each operator makes tensors of its own."""
+    """A step of rank 0 with all layers of `arch`, on fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     net, _ = assemble(cfg, arch, mesh)
@@ -130,7 +129,6 @@ def dry_step(cfg: RunConfig, arch: Arch, mesh: Mesh) -> Profile:
 
 def measured_step(cfg: RunConfig, net: Decoder, mesh: Mesh) -> Profile:
     """What a step of this rank holds and receives; `net` has memory, fake or real."""
-    import torch
 
     from model import flops
     from objective import lm
@@ -145,11 +143,6 @@ def measured_step(cfg: RunConfig, net: Decoder, mesh: Mesh) -> Profile:
     opt = offload.optimizer(functools.partial(build, trained.items(), cfg.optim), cfg.offload, mesh.device)
     row, there = a_row(cfg, mesh), cfg.offload.parameters
     net.train()
-    for p in trained.values():  # DTensor looks at each new list of tensors once, with tensors of its own that are no run's
-        p.grad = torch.zeros_like(p)
-    clip(trained.values(), cfg.optim.max_norm)
-    opt.step()
-    opt.zero_grad(set_to_none=True)
     with Ledger(RECEIVED) as ledger, ledger.saving(), watched(net, ledger, cfg.parallel.prefetch):
         transfer.observers.append(lambda memory: ledger.tag("host", [memory]))
         for name, p in net.named_parameters():
@@ -268,7 +261,6 @@ def plan(cfg: RunConfig, arch: Arch, mesh: Mesh, layers: int | None = None) -> P
     cfg = as_planned(cfg)
     if layers <= few + step:
         few, step = layers, 1
-    dry_step(replace(cfg, train=replace(cfg.train, accumulate=1)), shortened(arch, few), mesh)
     less = dry_step(cfg, shortened(arch, few), mesh)
     if layers == few:
         return Plan.of(less)

@@ -33,9 +33,7 @@ def arch(tmp_path_factory) -> Arch:
 def profile(world: int, arch: Arch, words: list[str]) -> plan.Profile:
     cfg = load(RunConfig, ROOT / "train_configs/debug/full.toml", ["--precision.compute=bf16", *words])
     with plan.fake_ranks(world):
-        mesh = Mesh.build(cfg.parallel, torch.device("cpu"))
-        plan.dry_step(cfg, arch, mesh)
-        return plan.dry_step(cfg, arch, mesh)
+        return plan.dry_step(cfg, arch, Mesh.build(cfg.parallel, torch.device("cpu")))
 
 
 def numbers(arch: Arch) -> tuple[int, int]:
