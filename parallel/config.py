@@ -87,6 +87,10 @@ class RecomputeConfig:
             raise ConfigError("must be at least 1", "every", self.every)
         if not 0 <= self.budget <= 1:
             raise ConfigError("must be from 0 to 1", "budget", self.budget)
+        for key, kind, default in (("every", "every_n", 2), ("save", "selective", ("attention",)), ("budget", "budget", 0.5)):
+            if self.kind != kind and getattr(self, key) != default:
+                value = getattr(self, key)
+                raise ConfigError(f"is only used by recompute.kind={kind!r}", key, list(value) if key == "save" else value)
         if self.kind == "selective" and not self.save:
             raise ConfigError("names nothing to keep; use recompute.kind='full'", "save", list(self.save))
 

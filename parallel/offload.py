@@ -239,7 +239,7 @@ def _like(t: Tensor, data: Tensor) -> Tensor:
 def _frozen(net: nn.Module, blocks: list[nn.Module], device: torch.device) -> str:
     """Leaves the frozen weights of the blocks' linears on the host and fills `gemm` with a product that fetches them."""
     frozen = [m for block in blocks for m in block.modules() if isinstance(m, Linear) and not m.weight.requires_grad]
-    feeder = Feeder(Lane(device), max(m.weight.nbytes for m in frozen))
+    feeder = Feeder(Lane(device), max((m.weight.nbytes for m in frozen), default=0))
     for number, linear in enumerate(frozen):
         linear.fill("gemm", Fetched(feeder, number), OWNER)
     weights = {id(m.weight) for m in frozen}

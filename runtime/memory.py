@@ -90,6 +90,10 @@ class Ledger(TorchDispatchMode):
         for t in tensors:
             self.entry(t.detach().to_local() if isinstance(t, DTensor) else t).kind = kind
 
+    def host(self, memory: Tensor) -> None:
+        """This lies in host memory."""
+        self.tag("host", [memory])
+
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Inside, what autograd keeps becomes `activations`, unless it has a kind already."""

@@ -332,6 +332,42 @@ def test_what_does_not_fit_is_told_what_to_change():
     assert peak(none) > peak(selective) > peak(full)
 
 
+ADVISED = [  # recipe, keys, ranks
+    ("llama3.1-8b-hsdp", ["--parallel.reshard=backward"], 16),
+    ("llama3.1-8b-lora", ["--data.max_length=8192"], 1),
+    ("llama3.1-8b-lora", ["--offload.frozen=true"], 1),
+    ("llama3.1-8b-full", ["--recompute.kind=every_n", "--recompute.every=3", "--offload.optimizer=true"], 8),
+    ("llama3.1-8b-full", ["--recompute.kind=selective", '--recompute.save=["matmul"]'], 8),
+]
+
+
+@pytest.mark.parametrize(("recipe", "words", "ranks"), ADVISED, ids=str)
+def test_what_is_advised_is_legal(recipe, words, ranks):
+    """Each way, set as it is written, in a run of as many ranks."""
+    from parallel.apply import check
+    from parallel.mesh import sizes
+
+    cfg, arch = load(RunConfig, ROOT / f"train_configs/{recipe}.toml", words), Arch.from_folder(ROOT / "train_configs/arch/llama3-8b")
+    *ways, last = plan.advice(cfg, arch, ranks).split("; ")
+    assert ways and last.startswith("more ranks")
+    for way in ways:
+        keys = [
+            f"--{key.strip()}={value.strip()}" for key, value in (part.split(" = ") for part in way.removesuffix(" alone").split(" with "))
+        ]
+        if way.endswith(" alone"):
+            keys += ["--offload.optimizer=false", "--offload.frozen=false"]
+        if "recompute.kind" in way:
+            words = [word for word in words if not word.startswith("--recompute")]
+        changed = load(RunConfig, ROOT / f"train_configs/{recipe}.toml", [*words, *keys])
+        check(changed, sizes(changed.parallel, ranks), arch, changed.data.tokens, changed.lora)
+
+
+def test_suggest_says_why_nothing_can_be_tried():
+    words = ["--config", "train_configs/llama3.1-8b-lora.toml", "--arch", "train_configs/arch/llama3-8b", "--world", "8", "--suggest"]
+    code, _, error = apart(command, [*words, "--offload.frozen=true"])
+    assert code == 2 and "offload.frozen=true is for one rank" in error
+
+
 def test_suggested_layouts_fit_and_can_be_planned():
     words = [*BIG, "train_configs/arch/llama3-8b", "--world", "8", "--gpu", "h100"]
     first, *lines = apart(command, [*words, "--suggest"])[1].strip().split("\n")

@@ -88,6 +88,7 @@ REFUSED = [  # keys; ranks; facts of the model
     (["--parallel.context=16", "--parallel.context_method=ulysses"], 16, {}),
     (["--lora.dropout=0.1", "--parallel.context=2"], 2, {}),
     (["--recompute.every=0"], 1, {}),
+    (["--recompute.every=3"], 1, {}),
     (["--recompute.budget=1.5"], 1, {}),
     (["--recompute.kind=selective", "--recompute.save=[]"], 1, {}),
     (["--recompute.kind=selective", '--recompute.save=["atention"]'], 1, {}),

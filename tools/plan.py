@@ -29,6 +29,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from parallel.config import RecomputeConfig
 from runtime.config import parse_args
 from runtime.errors import ConfigError
 from tools import command
@@ -143,8 +144,7 @@ def measured_step(cfg: RunConfig, net: Decoder, mesh: Mesh) -> Profile:
     opt = offload.optimizer(functools.partial(build, trained.items(), cfg.optim), cfg.offload, mesh.device)
     row, there = a_row(cfg, mesh), cfg.offload.parameters
     net.train()
-    with Ledger(RECEIVED) as ledger, ledger.saving(), watched(net, ledger, cfg.parallel.prefetch):
-        transfer.observers.append(lambda memory: ledger.tag("host", [memory]))
+    with Ledger(RECEIVED) as ledger, ledger.saving(), watched(net, ledger, cfg.parallel.prefetch), transfer.told(ledger.host):
         for name, p in net.named_parameters():
             ledger.tag("host" if there or name in net.on_host else "parameters", [p])
         state = [t for tensors in opt.state.values() for t in tensors.values()]
@@ -165,7 +165,6 @@ def measured_step(cfg: RunConfig, net: Decoder, mesh: Mesh) -> Profile:
         opt.step()
         ledger.mark("optimizer")
         opt.zero_grad(set_to_none=True)
-        transfer.observers.pop()
     received, more = dict(ledger.traffic), cfg.train.accumulate - last
     if more:
         received = {name: n + more * (traffic[1].get(name, 0) - traffic[0].get(name, 0)) for name, n in received.items()}
@@ -238,13 +237,18 @@ def period(cfg: RunConfig, arch: Arch, mesh: Mesh) -> int:
     return math.lcm(every, kinds if mesh.axes["context"] > 1 else 1)  # windows change what context ranks exchange, nothing else
 
 
+def recomputed(cfg: RunConfig, kind: str) -> RecomputeConfig:
+    """The config's section, or another kind at its defaults."""
+    return cfg.recompute if kind == cfg.recompute.kind else RecomputeConfig(kind=kind)
+
+
 def as_planned(cfg: RunConfig) -> RunConfig:
     """Without what fake tensors cannot go through: compiled blocks run as they are, and what would go to disk goes to host memory,
     which for the device is the same."""
     kind = "none" if cfg.recompute.kind == "budget" else cfg.recompute.kind
     activations = "cpu" if cfg.offload.activations == "disk" else cfg.offload.activations
     offload = replace(cfg.offload, activations=activations, folder="")
-    return replace(cfg, compile=None, recompute=replace(cfg.recompute, kind=kind), offload=offload)
+    return replace(cfg, compile=None, recompute=recomputed(cfg, kind), offload=offload)
 
 
 def plan(cfg: RunConfig, arch: Arch, mesh: Mesh, layers: int | None = None) -> Plan:
@@ -279,9 +283,7 @@ def cost(cfg: RunConfig, arch: Arch, world: int, gpu: Gpu) -> float:
     hidden, kv = arch.hidden_size, arch.num_key_value_heads * arch.head_dim
     block = 2 * hidden * (arch.num_attention_heads * arch.head_dim + kv) + 3 * hidden * arch.intermediate_size
     weights = arch.num_hidden_layers * block + 2 * arch.vocab_size * hidden
-    passes = (3 if cfg.lora is None else 2) + {"none": 0, "full": 1, "selective": 0.9, "every_n": 1 / cfg.recompute.every}.get(
-        cfg.recompute.kind, 0.5
-    )
+    passes = (3 if cfg.lora is None else 2) + {"none": 0, "full": 1, "selective": 0.9}[cfg.recompute.kind]
     length = min(cfg.data.longest, cfg.data.tokens)
     attention = arch.num_hidden_layers * arch.num_attention_heads * arch.head_dim * length
     products = passes * 2 * (weights + attention) / (0.5 * gpu.flops)  # per token
@@ -300,11 +302,15 @@ def cost(cfg: RunConfig, arch: Arch, world: int, gpu: Gpu) -> float:
 
 
 def candidates(cfg: RunConfig, arch: Arch, world: int, gpu: Gpu) -> list[tuple[float, list[str], RunConfig]]:
-    """Legal layouts and recomputations, the cheapest first, with the words that set them."""
+    """Legal layouts and recomputations, the cheapest first, with the words that set them.
+
+    Raises:
+        ConfigError: there is none, for instance as something else in the config needs one rank.
+    """
     from parallel.apply import check
     from parallel.mesh import sizes
 
-    found = []
+    found, refusal = [], None
     powers = [n for n in (1, 2, 4, 8, 16) if world % n == 0]
     for tensor in (n for n in powers if n <= NODE):
         for context in powers:
@@ -314,12 +320,17 @@ def candidates(cfg: RunConfig, arch: Arch, world: int, gpu: Gpu) -> list[tuple[f
                 shard = world // (tensor * context * replicate)
                 layout = replace(cfg.parallel, tensor=tensor, context=context, replicate=replicate, shard=shard, context_method="auto")
                 for kind in ("none", "selective", "full"):
-                    one = replace(cfg, parallel=layout, recompute=replace(cfg.recompute, kind=kind))
-                    with contextlib.suppress(ConfigError):  # a layout that is not legal for this model is no candidate
+                    one = replace(cfg, parallel=layout, recompute=recomputed(cfg, kind))
+                    try:
                         check(one, sizes(layout, world), arch, cfg.data.tokens, cfg.lora)
-                        axes = {"replicate": replicate, "shard": shard, "context": context, "tensor": tensor}
-                        words = [f"--parallel.{axis}={n}" for axis, n in axes.items()] + [f"--recompute.kind={kind}"]
-                        found.append((cost(one, arch, world, gpu), words, one))
+                    except ConfigError as error:  # not legal for this model: no candidate
+                        refusal = error
+                        continue
+                    axes = {"replicate": replicate, "shard": shard, "context": context, "tensor": tensor}
+                    words = [f"--parallel.{axis}={n}" for axis, n in axes.items()] + [f"--recompute.kind={kind}"]
+                    found.append((cost(one, arch, world, gpu), words, one))
+    if not found:
+        raise refusal or ConfigError("has no layout that could be tried", "--world", world)
     return sorted(found, key=lambda each: each[0])
 
 
@@ -346,18 +357,36 @@ def suggestions(cfg: RunConfig, arch: Arch, world: int, gpu: Gpu, room: int, man
     return found
 
 
-def advice(cfg: RunConfig, mesh: Mesh) -> str:
-    """What to change where a plan does not fit, the cheapest first."""
-    ways = [f'recompute.kind = "{kind}"' for kind in ("selective", "full") if cfg.recompute.kind in ("none", "selective")]
-    ways = [way for way in ways if cfg.recompute.kind not in way]
-    ways += ["tiling.mlp = 2048"] if cfg.data.tokens >= 16384 and not cfg.tiling.mlp else []
-    ways += ['offload.activations = "hidden_states"'] if cfg.recompute.kind == "full" and cfg.offload.activations == "none" else []
-    ways += ["parallel.replicate = 1"] if mesh.axes["replicate"] > 1 else []
+def advice(cfg: RunConfig, arch: Arch, world: int) -> str:
+    """What to change where a plan does not fit, the cheapest first: what such a run may be set to, one at a time."""
+    now, ways = cfg.recompute.kind, []
+
+    def way(text: str, **sections: object) -> None:
+        from parallel.apply import check
+        from parallel.mesh import sizes
+
+        changed = replace(cfg, **sections)
+        with contextlib.suppress(ConfigError):
+            check(changed, sizes(changed.parallel, world), arch, cfg.data.tokens, changed.lora)
+            ways.append(text)
+
+    for kind in {"none": ("selective", "full"), "full": ()}.get(now, ("full",)):
+        way(f'recompute.kind = "{kind}"', recompute=recomputed(cfg, kind))
+    if cfg.data.tokens >= 16384 and not cfg.tiling.mlp:
+        way("tiling.mlp = 2048", tiling=replace(cfg.tiling, mlp=2048))
+    if cfg.offload.activations == "none":
+        way('offload.activations = "hidden_states"', offload=replace(cfg.offload, activations="hidden_states"))
+    if cfg.parallel.replicate > 1:
+        way("parallel.replicate = 1 with parallel.shard = -1", parallel=replace(cfg.parallel, replicate=1, shard=-1))
     if cfg.data.tokens // 2 >= cfg.data.longest:
-        ways += [f"data.tokens = {cfg.data.tokens // 2} with train.accumulate = {2 * cfg.train.accumulate}"]
-    else:
-        ways += [f"parallel.context = {2 * mesh.axes['context']}"]
-    ways += ["offload.parameters = true"] if not cfg.offload.parameters else []
+        ways.append(f"data.tokens = {cfg.data.tokens // 2} with train.accumulate = {2 * cfg.train.accumulate}")
+    elif world > 1:
+        wider = replace(cfg.parallel, context=2 * cfg.parallel.context, shard=-1)
+        way(f"parallel.context = {wider.context} with parallel.shard = -1", parallel=wider)
+    if not cfg.offload.parameters:
+        offload = replace(cfg.offload, parameters=False, optimizer=False, frozen=False)
+        alone = " alone" if cfg.offload.optimizer or cfg.offload.frozen else ""
+        way(f"offload.parameters = true{alone}", offload=replace(offload, parameters=True))
     return "; ".join([*ways, "more ranks (--suggest tries layouts)"])
 
 
@@ -414,12 +443,15 @@ def run(cfg: RunConfig, world: int, name: str, folder: str | None, suggest: bool
     for kind in (*KINDS, "peak"):
         print(f"  {kind:12} {gib(getattr(found, kind)):>9}")
     if found.host:
-        print(f"  {'host memory':12} {gib(found.host):>9}")
+        print(f"  {'disk' if cfg.offload.activations == 'disk' else 'host memory':12} {gib(found.host):>9}")
+    if cfg.compile is not None:
+        budget = " and recompute.kind='none' instead of 'budget'" if cfg.recompute.kind == "budget" else ""
+        print(f"planned without [compile]{budget}; what the compiler saves is not counted")
     print("received per step, GiB: " + (", ".join(f"{axis} {gib(size)}" for axis, size in found.traffic.items()) or "nothing"))
     fits = found.peak <= room
     print(
         f"{'fits' if fits else 'does not fit'} {name} ({gpu.memory} GB, of which 90 % are used)"
-        + ("" if fits else f"; try {advice(cfg, mesh)}")
+        + ("" if fits else f"; try {advice(cfg, arch, world)}")
     )
 
 

@@ -68,10 +68,12 @@ FEATURES = (
 
 INTRODUCTION = """# What combines with what
 
-Made from the checks that a run makes before it starts, by `python -m tools.support --markdown docs/support.md`. `+`: works together; a
-step of every such pair is run in the tests, and results are compared with one rank's
-([tests/parallel/test_invariance.py](../tests/parallel/test_invariance.py)). A letter: refused, with the words below. Empty: the two
-set the same key. All model families work with all of it.
+Made from the checks that a run makes before it starts, by `python -m tools.support --markdown docs/support.md`. `+`: works together;
+forward and backward of every such pair are run in the tests, on tensors without memory. Numbers are compared with one rank's: for
+every pair of layouts, families, adapters, reshard policies, recomputation, tiling and most of offloading in
+[tests/parallel/test_invariance.py](../tests/parallel/test_invariance.py), and in tests of their own for compilation, disks, the
+optimizer's state and frozen weights. A letter: refused, with the words below. Empty: the two set the same key. All model families
+work with all of it.
 """
 END = """Sizes have limits of their own: heads and channels that `parallel.tensor` must divide, heads for Ulysses, axes that must multiply
 to the number of ranks. Those messages name the numbers and the nearest choice that works.

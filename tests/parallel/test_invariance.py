@@ -4,8 +4,8 @@ Ragged documents are packed into rows, some of which cross the borders of contex
 unequal numbers of targets. One rank with the reference attention computes the loss and every gradient of every family, full and
 LoRA; then choices of the factors below are combined and compared with it, 1e-5 relative in fp32.
 
-By default the cases cover every pair of choices that may be combined (`covering`). `-m slow` runs the full cross of `CROSS`;
-benchmarks/results/invariance.json has its counts.
+By default the cases cover every pair of choices that may be combined (`covering`). `-m slow` runs the full cross of `CROSS` and prints
+its counts.
 """
 
 from __future__ import annotations
