@@ -1,8 +1,8 @@
 """A whole training run, top to bottom: `[torchrun ...] train.py --config FILE.toml [--section.key=value ...]`.
 
 Two phases. Before the process group exists, every rank reads the config, the model folder and the data (one rank of a
-node tokenizes, the others wait for its cache), and whatever is wrong ends the run in one line. Then the model is built
-without memory, transformed, parallelized, and only then materialized; each rank reads its own slices.
+node tokenizes, the others wait for its cache), nodes compare what they read, and whatever is wrong ends the run in one line.
+Then the model is built without memory, transformed, parallelized, and only then materialized; each rank reads its own slices.
 
 A step: take k micro-batches, sum the units of loss over all ranks, run forward and backward of sum / units for each,
 clip, check that the update is finite, update. There are no branches on features here: what is off filled nothing.
@@ -16,6 +16,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -144,6 +145,9 @@ DRIFT = (
     ("train.accumulate", "forbidden"),  # a step keeps its packs; at other world sizes it is re-derived, whatever the key says
 )
 
+# What ranks may be told differently: where a node keeps its copy of what all have alike (parallel/nodes.py).
+LOCAL = ("model.path", "data.cache", "data.sources.*.path", "eval.sources.*.path", "lora.adapter", "offload.folder", "output.path")
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -188,6 +192,23 @@ def identity(cfg: RunConfig, inputs: Inputs) -> dict[str, str]:
         "tokenizer": inputs.tokenizer.fingerprint,
         "data": inputs.documents.fingerprint,
     }
+
+
+def settings(cfg: RunConfig) -> dict[str, object]:
+    """The keys that all ranks must have alike."""
+    return {key: value for key, value in flatten(cfg).items() if not any(fnmatchcase(key, pattern) for pattern in LOCAL)}
+
+
+def contents(cfg: RunConfig, inputs: Inputs, found: dict[str, str]) -> dict[str, str]:
+    """Fingerprints of all that ranks read, each from its own node: `identity`, and what only begins a run or measures it."""
+    from model.peft_format import CONFIG, STEM
+    from model.tensor_folder import fingerprint
+
+    held_out = inputs.held_out.fingerprint if inputs.held_out else ""
+    adapter = Path(cfg.lora.adapter) if cfg.lora and cfg.lora.adapter else None
+    there = adapter is not None and (adapter / CONFIG).is_file()  # if not, loading it says so
+    found = found | {"held-out data": held_out, "adapter": fingerprint(adapter, True, STEM, CONFIG) if there else ""}
+    return {f"fingerprint of {name}": value for name, value in found.items()}
 
 
 def dtypes(cfg: PrecisionConfig, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
@@ -315,6 +336,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
     from parallel.context import split
     from parallel.fsdp import last_backward
     from parallel.mesh import Mesh, sizes
+    from parallel.nodes import alike, shared
     from parallel.peers import Peers
     from runtime.checkpoint import Checkpointer
     from runtime.log import Log
@@ -326,8 +348,12 @@ def run(cfg: RunConfig, launch: Launch) -> None:
     with ExitStack() as stack:
         axes, _ = launch.together("layout", lambda: (sizes(cfg.parallel, launch.world), check_trackers(cfg.log.trackers)))
         device = launch.together("device", lambda: launch.device(cfg.run.device))
+        alike(launch, "settings", lambda: settings(cfg), "start all ranks with the same config")
         log = stack.enter_context(launch.together("log", lambda: Log(out, launch.rank)))
+        shared(launch, out, "output.path")
         inputs = launch.together("inputs", lambda: read_inputs(cfg), leader_first=True)
+        who = launch.together("identity", lambda: identity(cfg, inputs))
+        alike(launch, "contents", lambda: contents(cfg, inputs, who), "give every node the same model folder, adapter and data")
         launch.together("shares", lambda: check(cfg, axes, inputs.arch, cfg.data.tokens, cfg.lora))
         peers = stack.enter_context(Peers(launch, cfg.parallel.timeout_s, log.last, lambda: remains(out)))
         launch.connect(device, cfg.parallel.timeout_s)
@@ -335,7 +361,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
 
         # where the run stands: a step keeps its packs at any world size, so a checkpoint decides the accumulation
         resolved = to_toml(cfg)
-        ckpt = Checkpointer(out, cfg.checkpoint, identity(cfg, inputs), resolved, flatten(cfg), rules=DRIFT, layout=mesh.axes, say=log)
+        ckpt = Checkpointer(out, cfg.checkpoint, who, resolved, flatten(cfg), rules=DRIFT, layout=mesh.axes, say=log)
         found = ckpt.find()
         state = {"step": 0, "tokens": 0, "packs_per_step": mesh.data_size * cfg.train.accumulate, "early": {}, "meters": {}}
         state |= found.state if found else {}

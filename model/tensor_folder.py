@@ -168,12 +168,12 @@ class TensorFolder:
         return self._files[name].get_slice(name)[where]
 
 
-def fingerprint(folder: str | Path, weights: bool, stem: str = "model") -> str:
+def fingerprint(folder: str | Path, weights: bool, stem: str = "model", config: str = "config.json") -> str:
     """Tells models apart by their contents: config.json whole, and of each weight file its size, its header and a sample of
     64 pages spread over it. A full hash would read every byte of a model on every start.
     """
     folder, digest = Path(folder), hashlib.blake2b(digest_size=16)
-    digest.update((folder / "config.json").read_bytes())
+    digest.update((folder / config).read_bytes())
     for path in sorted(folder.glob(f"{stem}*.safetensors")) if weights else ():
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -66,7 +66,7 @@ class Launch:
         without a collective: it fills the cache which they then read.
         """
         prefix = f"salamander/{self.attempt}/{name}"
-        gate = f"{prefix}/node{self.rank // self.local_world}"
+        gate = f"{prefix}/leader{self.rank - self.local_rank}"  # ranks of a node are neighbours; nodes may have different numbers of them
         error: BaseException | None = None
         result = None
         if leader_first and not self.leads_node:
@@ -92,6 +92,12 @@ class Launch:
                 raise RuntimeError(f"rank {rank} failed in phase '{name}': {message}")
             raise Agreed(message, int(rank))
         return result
+
+    def first(self, name: str, work: Callable[[], str]) -> str:
+        """What `work` returns on rank 0, on every rank; errors as in `together`."""
+        key = f"salamander/{self.attempt}/{name}/value"
+        self.together(name, lambda: self.store.set(key, work()) if self.rank == 0 else None)
+        return self.store.get(key).decode()
 
     def _failed(self, prefix: str) -> bool:
         return self.store.add(f"{prefix}/failed", 0) > 0

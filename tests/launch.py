@@ -71,8 +71,12 @@ class Ranks:
         return "".join(p.read_text(errors="replace") for r, p in enumerate(self.logs) if rank in (None, r))
 
 
-def start(argv: Sequence[str], world: int, logs: Path) -> Ranks:
-    """Forks `world` ranks that run `train.main(argv)`."""
+def start(argv: Sequence[str], world: int, logs: Path, nodes: Sequence[tuple[int, Path]] = ()) -> Ranks:
+    """Forks `world` ranks that run `train.main(argv)`.
+
+    With `nodes`, (ranks, working directory) of each, ranks believe to be on several machines, node0, node1, ...: relative paths lead
+    each node to files of its own.
+    """
     import torch
     import torch._dynamo  # FSDP2 imports it; better once here than in every rank
 
@@ -80,6 +84,9 @@ def start(argv: Sequence[str], world: int, logs: Path) -> Ranks:
 
     logs.mkdir(parents=True, exist_ok=True)
     port, pids, files = free_port(), [], []
+    nodes = nodes or [(world, Path.cwd())]
+    places = [(node, local) for node, (ranks, _) in enumerate(nodes) for local in range(ranks)]
+    assert len(places) == world, f"{nodes} are not {world} ranks"
     sys.stdout.flush()
     sys.stderr.flush()
     for rank in range(world):
@@ -93,8 +100,12 @@ def start(argv: Sequence[str], world: int, logs: Path) -> Ranks:
                 os.dup2(fd, 2)
                 sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
                 torch.set_num_threads(1)
-                env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-                os.environ.update({k: str(v) for k, v in env.items()}, MASTER_ADDR="127.0.0.1")
+                node, local = places[rank]
+                env = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": nodes[node][0], "MASTER_PORT": port}
+                os.environ.update({k: str(v) for k, v in (env | {"GROUP_RANK": node}).items()}, MASTER_ADDR="127.0.0.1")
+                if len(nodes) > 1:
+                    socket.gethostname = f"node{node}".format
+                os.chdir(nodes[node][1])
                 code = train.main(list(argv))
             except SystemExit as e:
                 code = e.code if isinstance(e.code, int) else 1
@@ -108,8 +119,8 @@ def start(argv: Sequence[str], world: int, logs: Path) -> Ranks:
     return Ranks(pids, files)
 
 
-def run(argv: Sequence[str], world: int, logs: Path, timeout_s: float = 120.0) -> Ranks:
+def run(argv: Sequence[str], world: int, logs: Path, timeout_s: float = 120.0, nodes: Sequence[tuple[int, Path]] = ()) -> Ranks:
     """Starts the ranks and waits for them."""
-    ranks = start(argv, world, logs)
+    ranks = start(argv, world, logs, nodes)
     ranks.wait(timeout_s)
     return ranks

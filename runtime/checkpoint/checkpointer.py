@@ -6,6 +6,7 @@ import datetime
 import errno
 import json
 import platform
+import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -127,6 +128,7 @@ class Checkpointer:
         candidates, skipped = self.team.share(self.team.together(lambda: self._candidates(policy), only=0))
         found = None
         for path, manifest in candidates:
+            self.team.together(lambda: self._sees(Path(path), manifest["id"]))  # noqa: B023 (called at once)
             problems = self._verify(Path(path), manifest["files"])
             if not problems:
                 found = Found(Path(path), manifest["step"], manifest)
@@ -169,6 +171,20 @@ class Checkpointer:
             hint = f"; the newest checkpoint of this run is {near[0]}" if near else ""
             raise ConfigError(f"is not a checkpoint: {reason}{hint}", "checkpoint.resume", policy)
         return heirs + ([[str(path), wanted]] if wanted else []), []
+
+    def _sees(self, path: Path, wanted: str) -> None:
+        """This rank looks at a checkpoint that rank 0 has found: is it the same one here?"""
+        try:
+            problem = None if store.read_manifest(path)["id"] == wanted else "another checkpoint"
+        except Damaged as e:
+            problem = f"a checkpoint that {e}" if path.is_dir() else "no such folder"
+        if problem:
+            raise ConfigError(
+                f"is not the same on all nodes: rank {self.team.rank} on host {socket.gethostname()} finds {problem} there; "
+                "put it on a file system that all nodes share",
+                "checkpoint.resume",
+                str(path),
+            )
 
     def _begins_at(self, policy: str, found: Found) -> bool:
         return policy not in ("auto", "never") and Path(policy).resolve() == found.path
