@@ -237,18 +237,19 @@ def assemble(cfg: RunConfig, arch: Arch, mesh: Mesh) -> tuple[Decoder, list[str]
     return net, report
 
 
-def accumulation(packs_per_step: int, data_size: int) -> int:
+def accumulation(packs_per_step: int, mesh: Mesh) -> int:
     """Micro-batches a rank takes so that each step keeps the packs it had at another world size.
 
     Raises:
         ConfigError: the packs of a step do not divide.
     """
-    if packs_per_step % data_size:
-        works = ", ".join(str(n) for n in range(1, packs_per_step + 1) if packs_per_step % n == 0)
+    if packs_per_step % mesh.data_size:
+        each = mesh.size // mesh.data_size  # ranks that share a pack
+        works = ", ".join(str(n * each) for n in range(1, packs_per_step + 1) if packs_per_step % n == 0)
         raise ConfigError(
-            f"the checkpoint's steps have {packs_per_step} packs, which {data_size} data ranks cannot share; start {works} ranks"
+            f"the checkpoint's steps have {packs_per_step} packs, which {mesh.data_size} data ranks cannot share; start {works} ranks"
         )
-    return packs_per_step // data_size
+    return packs_per_step // mesh.data_size
 
 
 class Meters:
@@ -354,7 +355,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         inputs = launch.together("inputs", lambda: read_inputs(cfg), leader_first=True)
         who = launch.together("identity", lambda: identity(cfg, inputs))
         alike(launch, "contents", lambda: contents(cfg, inputs, who), "give every node the same model folder, adapter and data")
-        launch.together("shares", lambda: check(cfg, axes, inputs.arch, cfg.data.tokens, cfg.lora))
+        launch.together("shares", lambda: check(cfg, axes, inputs.arch, cfg.lora))
         peers = stack.enter_context(Peers(launch, cfg.parallel.timeout_s, log.last, lambda: remains(out)))
         launch.connect(device, cfg.parallel.timeout_s)
         mesh, stop = Mesh.build(cfg.parallel, device), Stop().install()
@@ -367,7 +368,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         state |= found.state if found else {}
         place = {"tokens": cfg.data.tokens, "max_length": cfg.data.longest, "seed": cfg.train.seed}
         place |= {"rank": mesh.data_rank, "size": mesh.data_size}
-        stream = Stream(inputs.documents, shuffle=True, accumulate=accumulation(state["packs_per_step"], mesh.data_size), **place)
+        stream = Stream(inputs.documents, shuffle=True, accumulate=accumulation(state["packs_per_step"], mesh), **place)
         held_out = Stream(inputs.held_out, shuffle=False, accumulate=1, **place) if inputs.held_out else None
         total = cfg.train.steps or stream.steps(cfg.train.epochs or 1)
         early = EarlyStop(cfg.eval.patience if cfg.eval else 0, cfg.eval.min_delta if cfg.eval else 0.0, **state["early"])

@@ -206,7 +206,7 @@ class Side:
 
     def __init__(self, cfg: RunConfig, arch: Arch, mesh: Mesh, whole: list[Batch]):
         self.cfg, self.mesh, self.device = cfg, mesh, mesh.device
-        check(cfg, mesh.axes, arch, cfg.data.tokens, cfg.lora)
+        check(cfg, mesh.axes, arch, cfg.lora)
         self.units = sum(map(lm.count, whole))
         self.micro = [split(row, mesh) for row in whole[mesh.data_rank :: mesh.data_size]]
         self.buffers: list[Tensor] = []  # in host memory, where activations wait

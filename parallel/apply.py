@@ -15,8 +15,8 @@ from parallel.mesh import Mesh, nearest
 from runtime.errors import ConfigError
 
 
-def check(cfg: Sections, axes: dict[str, int], arch: Arch, tokens: int, lora: LoraConfig | None) -> None:
-    """Can these ranks share this model and rows of `tokens` slots? Before there is a process group.
+def check(cfg: Sections, axes: dict[str, int], arch: Arch, lora: LoraConfig | None) -> None:
+    """Can these ranks share this model and the rows it reads? Before there is a process group.
 
     Raises:
         ConfigError: no; with the numbers, and the nearest choice that works.

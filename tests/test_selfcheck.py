@@ -79,7 +79,7 @@ def test_small_models_can_be_shared_and_are_of_the_same_kind(folder, axes):
     layout = selfcheck.smaller_layout(cfg, sizes(cfg, 32 if axes.get("tensor") == 8 else 16 if "shard" not in axes else 8))
     small_axes = sizes(layout, layout.shard * layout.replicate * layout.context * layout.tensor)
     small = selfcheck.smaller_model(arch, small_axes)
-    check(Sections(layout), small_axes, small, selfcheck.ROW, None)
+    check(Sections(layout), small_axes, small, None)
     assert {a for a, n in small_axes.items() if n > 1} == {a for a in axes if axes[a] > 1} and max(small_axes.values()) <= 4
     assert len(small.kinds) == len(arch.kinds) and small.tie_word_embeddings == arch.tie_word_embeddings
     assert (small.num_attention_heads > small.num_key_value_heads) == (arch.num_attention_heads > arch.num_key_value_heads)

@@ -259,7 +259,7 @@ def plan(cfg: RunConfig, arch: Arch, mesh: Mesh, layers: int | None = None) -> P
     """
     from parallel.apply import check
 
-    check(cfg, mesh.axes, arch, cfg.data.tokens, cfg.lora)
+    check(cfg, mesh.axes, arch, cfg.lora)
     layers, step = layers or arch.num_hidden_layers, period(cfg, arch, mesh)
     few = step * -(-(2 + cfg.parallel.prefetch) // step)
     cfg = as_planned(cfg)
@@ -322,7 +322,7 @@ def candidates(cfg: RunConfig, arch: Arch, world: int, gpu: Gpu) -> list[tuple[f
                 for kind in ("none", "selective", "full"):
                     one = replace(cfg, parallel=layout, recompute=recomputed(cfg, kind))
                     try:
-                        check(one, sizes(layout, world), arch, cfg.data.tokens, cfg.lora)
+                        check(one, sizes(layout, world), arch, cfg.lora)
                     except ConfigError as error:  # not legal for this model: no candidate
                         refusal = error
                         continue
@@ -367,7 +367,7 @@ def advice(cfg: RunConfig, arch: Arch, world: int) -> str:
 
         changed = replace(cfg, **sections)
         with contextlib.suppress(ConfigError):
-            check(changed, sizes(changed.parallel, world), arch, cfg.data.tokens, changed.lora)
+            check(changed, sizes(changed.parallel, world), arch, changed.lora)
             ways.append(text)
 
     for kind in {"none": ("selective", "full"), "full": ()}.get(now, ("full",)):

@@ -197,7 +197,7 @@ def run(cfg: RunConfig, world: int | None, folder: str | None) -> int:
         shard = cfg.parallel.shard if cfg.parallel.shard > 0 else 2  # -1: all ranks of the run; two show what sharding does
         world = shard * cfg.parallel.replicate * cfg.parallel.context * cfg.parallel.tensor
     axes = sizes(cfg.parallel, world)
-    check(cfg, axes, arch, cfg.data.tokens, cfg.lora)
+    check(cfg, axes, arch, cfg.lora)
     layout = smaller_layout(cfg.parallel, axes)
     axes = sizes(layout, layout.replicate * layout.shard * layout.context * layout.tensor)
     arch, world = smaller_model(arch, axes), math.prod(axes.values())

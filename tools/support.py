@@ -126,7 +126,7 @@ def refusal(*features: Feature) -> str | None:
     keys, facts = combined(*features)
     try:
         cfg, axes = settings(keys)
-        check(cfg, axes, arch(facts), cfg.data.tokens, cfg.lora)
+        check(cfg, axes, arch(facts), cfg.lora)
     except ConfigError as error:
         return str(error)
     return None

@@ -402,7 +402,7 @@ def test_layouts_that_cannot_share_are_refused(tmp_path, layout, message):
     cfg = ParallelConfig(**layout)
     axes = sizes(cfg, cfg.context * cfg.tensor)
     with pytest.raises(ConfigError, match=message):
-        check(Sections(cfg), axes, arch(tmp_path / "tiny", vocab_size=96), 128, None)
+        check(Sections(cfg), axes, arch(tmp_path / "tiny", vocab_size=96), None)
 
 
 def test_what_works_is_not_refused(tmp_path):
@@ -410,9 +410,8 @@ def test_what_works_is_not_refused(tmp_path):
     ring, ulysses = {"context_method": "ring"}, {"context_method": "ulysses"}
     for layout in ({}, {"context": 8}, {"context": 8} | ring, {"context": 4} | ulysses, {"context": 2, "tensor": 2}, {"tensor": 2}):
         cfg = ParallelConfig(**layout)
-        for tokens in (128, 101):
-            check(Sections(cfg), sizes(cfg, cfg.context * cfg.tensor), tiny, tokens, LoraConfig())
-    check(Sections(), sizes(ParallelConfig(), 4), tiny, 101, LoraConfig(dropout=0.1))
+        check(Sections(cfg), sizes(cfg, cfg.context * cfg.tensor), tiny, LoraConfig())
+    check(Sections(), sizes(ParallelConfig(), 4), tiny, LoraConfig(dropout=0.1))
 
 
 def test_dropout_is_refused_where_ranks_share_a_row(tmp_path):
@@ -420,4 +419,4 @@ def test_dropout_is_refused_where_ranks_share_a_row(tmp_path):
     with pytest.raises(
         ConfigError, match=r"lora.dropout=0.1 does not work with parallel.context=2 and parallel.tensor=2; use lora.dropout=0"
     ):
-        check(Sections(cfg), sizes(cfg, 4), arch(tmp_path / "tiny"), 128, LoraConfig(dropout=0.1))
+        check(Sections(cfg), sizes(cfg, 4), arch(tmp_path / "tiny"), LoraConfig(dropout=0.1))

@@ -112,7 +112,7 @@ def test_reducing_in_bf16_halves_the_traffic_of_gradients(arch):
 def test_refusals(arch, layout, world, message):
     cfg = ParallelConfig(**layout)
     with pytest.raises(ConfigError, match=message):
-        check(Sections(cfg), sizes(cfg, world), arch, 128, None)
+        check(Sections(cfg), sizes(cfg, world), arch, None)
 
 
 @pytest.mark.parametrize(("key", "value"), [("reshard", 1), ("reshard", 0), ("prefetch", 0)])

@@ -83,7 +83,7 @@ def legal(case: dict, archs: dict[str, Arch]) -> bool:
         return False  # nothing to choose
     try:
         cfg = config(case)
-        check(cfg, sizes(cfg.parallel, math.prod(case["layout"])), archs[case["family"]], selfcheck.ROW, cfg.lora)
+        check(cfg, sizes(cfg.parallel, math.prod(case["layout"])), archs[case["family"]], cfg.lora)
     except ConfigError:
         return False
     return True

@@ -160,7 +160,7 @@ def test_groups_and_names():
 )
 def test_what_cannot_work_is_refused(folder, changes, message):
     with pytest.raises(ConfigError) as raised:
-        check(Sections(**changes), sizes(ParallelConfig(), 1), Arch.from_folder(folder), 128, None)
+        check(Sections(**changes), sizes(ParallelConfig(), 1), Arch.from_folder(folder), None)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -168,8 +168,8 @@ def test_what_cannot_work_is_refused(folder, changes, message):
 def test_what_works_is_not_refused(folder):
     arch, axes = Arch.from_folder(folder), sizes(ParallelConfig(), 1)
     for mode in MODES.values():
-        check(Sections(recompute=mode), axes, arch, 128, LoraConfig(dropout=0.1))
-    check(Sections(recompute=RecomputeConfig("budget"), compile=CompileConfig()), axes, arch, 128, LoraConfig(dropout=0.1))
+        check(Sections(recompute=mode), axes, arch, LoraConfig(dropout=0.1))
+    check(Sections(recompute=RecomputeConfig("budget"), compile=CompileConfig()), axes, arch, LoraConfig(dropout=0.1))
 
 
 def test_the_report_says_what_is_recomputed(folder):

@@ -55,7 +55,7 @@ def refusal(layout: dict, world: int, arch: Arch, dropout: float = 0.0) -> str |
     """What a run with these `parallel` keys says before it connects; None if it starts."""
     cfg = ParallelConfig(**layout)
     try:
-        check(Sections(cfg), sizes(cfg, world), arch, 128, LoraConfig(dropout=dropout))
+        check(Sections(cfg), sizes(cfg, world), arch, LoraConfig(dropout=dropout))
     except ConfigError as error:
         return str(error)
     return None

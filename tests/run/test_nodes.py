@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from data import prepare
 from model import safetensors_io
 from parallel import nodes as nodes_module
 from runtime.checkpoint import Checkpointer
+from runtime.errors import ConfigError
 from runtime.metrics import read
 from tests import launch
 from tests.tiny import write_chats, write_config, write_model
@@ -108,6 +110,11 @@ def test_an_output_folder_that_nodes_do_not_share(cluster, tmp_path, monkeypatch
     for _, home in nodes:
         assert not (home / "cache").exists(), "it came out only after the data was tokenized"
         assert [p.name for p in (home / "mine").iterdir()] == ["logs"]
+
+
+def test_an_output_folder_that_cannot_be_written_to(tmp_path):
+    with pytest.raises(ConfigError, match=r"output.path='.*gone' cannot be written to \(No such file or directory: .*gone"):
+        nodes_module._leave(SimpleNamespace(rank=0), tmp_path / "gone", "output.path")
 
 
 def test_a_checkpoint_that_nodes_do_not_share(cluster, tmp_path, monkeypatch):

@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 
 from parallel.peers import Peers
+from runtime.errors import ConfigError
 from runtime.metrics import read
 from tests import launch
 from tests.tiny import write_chats, write_config, write_model
+from train import accumulation
 
 BOUND = 1e-5
 EXPORT_BOUND = 1e-4  # a bias or a row of B that is near zero is a sum that cancels
@@ -135,3 +139,15 @@ def test_every_part_under_another_layout(tmp_path, monkeypatch, case):
     a, b = (load_file(next((o / "export").glob("*.safetensors"))) for o in (calm, out))
     assert a.keys() == b.keys()
     assert max(((a[name] - b[name]).norm() / a[name].norm()).item() for name in a) < EXPORT_BOUND
+
+
+@pytest.mark.parametrize(("packs", "data", "each"), [(8, 3, 1), (6, 4, 2), (12, 5, 4), (1, 2, 1)])
+def test_numbers_of_ranks_that_can_share_a_step(packs, data, each):
+    """`each` ranks share a pack, along tensor or context; what is advised works."""
+    with pytest.raises(ConfigError, match=f"steps have {packs} packs, which {data} data ranks cannot share") as caught:
+        accumulation(packs, SimpleNamespace(data_size=data, size=data * each))
+    advised = [int(n) for n in re.search(r"start ([\d, ]+) ranks", str(caught.value))[1].split(", ")]
+    assert advised[0] == each and advised[-1] == packs * each
+    for ranks in advised:
+        assert ranks % each == 0
+        assert accumulation(packs, SimpleNamespace(data_size=ranks // each, size=ranks)) * ranks == packs * each
