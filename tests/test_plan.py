@@ -359,7 +359,7 @@ def test_what_is_advised_is_legal(recipe, words, ranks):
         if "recompute.kind" in way:
             words = [word for word in words if not word.startswith("--recompute")]
         changed = load(RunConfig, ROOT / f"train_configs/{recipe}.toml", [*words, *keys])
-        check(changed, sizes(changed.parallel, ranks), arch, changed.data.tokens, changed.lora)
+        check(changed, sizes(changed.parallel, ranks), arch, changed.lora)
 
 
 def test_suggest_says_why_nothing_can_be_tried():

@@ -323,13 +323,11 @@ def test_two_graphs_at_once_and_a_second_backward(folder, mesh):
 
 @pytest.mark.parametrize(("kind", "blocks", "pieces"), [("full", 4, 4), ("every_n", 2, 2), ("selective", 4, 4)])
 def test_hidden_states_are_the_inputs_of_recomputed_blocks(folder, mesh, monkeypatch, kind, blocks, pieces):
-    if kind != "full":  # parallel/recompute.py's business; here only who is asked to move what
-        monkeypatch.setattr("parallel.recompute.apply", lambda all_, cfg: recompute_some(all_[:: 4 // blocks]))
     moved = []
     monkeypatch.setattr(Keeper, "around", lambda self, block, around=Keeper.around: (moved.append(block), around(self, block))[1])
     case = Case(OffloadConfig(activations="hidden_states"), recompute=RecomputeConfig(kind=kind), everywhere=False)
     net, report = make(folder, mesh, case)
-    assert report == [f"offload: inputs of {blocks} blocks to host memory"]
+    assert report[-1] == f"offload: inputs of {blocks} blocks to host memory"
     assert moved == list(net.model.layers)[:: 4 // blocks]
     sizes = []
     keep = InMemory.keep
