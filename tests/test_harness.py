@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.harness import RankFailed, run
+from parallel.local import RankFailed, run
 
 
 def _sum(rank, world, x):

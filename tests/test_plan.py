@@ -18,10 +18,10 @@ from kernels import linear_logprob
 from model.arch import Arch
 from model.weights import initialize, local
 from optim.adamw import build as build_optimizer
+from parallel.local import apart, run
 from parallel.mesh import Mesh
 from runtime.config import load
 from runtime.memory import BLOCK, Ledger
-from tests.harness import apart, run
 from tests.test_docs import CONFIGS, commands, name
 from tests.tiny import LLAMA, write_model
 from tools import plan

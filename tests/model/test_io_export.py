@@ -16,8 +16,8 @@ from safetensors import safe_open
 from model.config import LoraConfig
 from model.safetensors_io import export_adapter, export_full, materialize, verify_adapter, verify_full
 from model.tensor_folder import CHECKSUMS, Spec, TensorFolder, agree, publish
+from parallel.local import run
 from runtime.errors import ModelError
-from tests.harness import run
 from tests.model.folders import LAYOUTS, digests, prepared, same_bytes, shard, sizes_for, tensors, theirs, train_a_little, write_model
 from tests.model.golden import GOLDEN, distance, write_config
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from model.arch import Arch
 from model.safetensors_io import check_weights, load_weights, materialize
 from model.tensor_folder import TensorFolder, confined
+from parallel.local import run
 from runtime.errors import ModelError
-from tests.harness import run
 from tests.model.folders import LAYOUTS, prepared, shard, sizes_for, write_model
 from tests.model.golden import distance, fresh
 

@@ -17,8 +17,8 @@ from model.arch import Arch
 from model.config import LoraConfig
 from model.safetensors_io import adapter_config, export_adapter, export_full, load_adapter, materialize
 from model.transforms.lora import apply_lora
+from parallel.local import run
 from runtime.errors import ModelError
-from tests.harness import run
 from tests.model.folders import prepared, shard, theirs, train_a_little, write_model
 from tests.model.golden import distance
 

@@ -12,7 +12,7 @@ from model.arch import Arch
 from model.config import LoraConfig
 from model.transforms.lora import apply_lora, is_adapter
 from model.weights import Aside, NameMap, Rename, initialize
-from tests.harness import run
+from parallel.local import run
 from tests.model.folders import LAYOUTS, prepared, shard, sizes_for
 from tests.model.golden import GOLDEN, write_config
 

@@ -24,9 +24,9 @@ from parallel import compile
 from parallel.apply import check, parallelize
 from parallel.config import CompileConfig, OffloadConfig, ParallelConfig, RecomputeConfig, TilingConfig
 from parallel.context import split
+from parallel.local import apart, run
 from parallel.mesh import AXES, Mesh, sizes
 from runtime.errors import ConfigError
-from tests.harness import apart, run
 from tests.model.golden import distance, write_config
 from tests.parallel.test_layouts import VOCAB, backward, documents, grads, model, pack, rows
 from tests.tiny import LLAMA, Sections

@@ -23,11 +23,11 @@ from objective.evaluate import evaluate
 from parallel import context
 from parallel.apply import check
 from parallel.config import ParallelConfig
+from parallel.local import run
 from parallel.mesh import Mesh, sizes
 from runtime.errors import ConfigError
 from runtime.metrics import read
 from tests import launch
-from tests.harness import run
 from tests.model.golden import distance
 from tests.model.golden import write_config as write_golden
 from tests.parallel.test_layouts import VOCAB, documents, model, pack, rank_errors, reference, rows

@@ -34,8 +34,8 @@ from parallel.apply import parallelize
 from parallel.config import ParallelConfig, RecomputeConfig
 from parallel.context import split
 from parallel.fsdp import last_backward
+from parallel.local import run
 from parallel.mesh import AXES, Mesh
-from tests.harness import run
 from tests.tiny import LLAMA, Sections
 
 LENGTHS = (5, 31, 2, 17, 44, 1, 23, 9, 60, 12, 3, 28, 7, 38, 15, 20)  # 315 slots

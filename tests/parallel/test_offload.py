@@ -33,13 +33,13 @@ from parallel.activations import InMemory, Keeper
 from parallel.apply import parallelize
 from parallel.config import CompileConfig, OffloadConfig, ParallelConfig, RecomputeConfig
 from parallel.context import split
+from parallel.local import run
 from parallel.mesh import Mesh
 from parallel.offload import Feeder, Visiting
 from parallel.transfer import ALIGN, Lane, Pool
 from runtime.errors import ConfigError
 from runtime.metrics import read
 from tests import launch
-from tests.harness import run
 from tests.parallel.test_layouts import VOCAB, backward, rows
 from tests.tiny import LLAMA, Sections, write_chats, write_config, write_model
 

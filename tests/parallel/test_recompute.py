@@ -19,9 +19,9 @@ from parallel import recompute
 from parallel.apply import check
 from parallel.config import CompileConfig, ParallelConfig, RecomputeConfig, TilingConfig
 from parallel.context import RING, split
+from parallel.local import run
 from parallel.mesh import AXES, Mesh, sizes
 from runtime.errors import ConfigError
-from tests.harness import run
 from tests.parallel.test_layouts import VOCAB, backward, grads, model, rows
 from tests.parallel.watch import Watch
 from tests.tiny import LLAMA, Sections

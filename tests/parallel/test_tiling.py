@@ -18,8 +18,8 @@ from objective import lm
 from parallel import tiling
 from parallel.config import ParallelConfig, PrecisionConfig, RecomputeConfig, TilingConfig
 from parallel.context import split
+from parallel.local import run
 from parallel.mesh import AXES, Mesh
-from tests.harness import run
 from tests.model.golden import GOLDEN, distance, write_config
 from tests.parallel.test_layouts import VOCAB, backward, grads, long_rows, model, rows
 from tests.parallel.watch import Watch

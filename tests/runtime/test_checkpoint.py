@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint
 
+from parallel.local import run
 from runtime.checkpoint import store
 from runtime.checkpoint.store import Store
 from runtime.errors import ConfigError, ModelError, UserError
 from runtime.sections import CheckpointConfig
-from tests.harness import run
 from tests.runtime.saving import IDENTITY, LAYOUTS, checkpointer, empty, gathered, resumed, run_folder, same, save, spread, whole
 from tools.checkpoint import main as tool
 

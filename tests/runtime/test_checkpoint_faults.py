@@ -21,9 +21,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from parallel.local import run
 from runtime.checkpoint import store
 from runtime.checkpoint.team import RankFailed
-from tests.harness import run
 from tests.runtime.saving import checkpointer, resumed, run_folder, save, spread, whole
 
 

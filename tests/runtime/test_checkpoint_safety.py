@@ -15,10 +15,10 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, MetadataIndex
 
+from parallel.local import run
 from runtime.checkpoint import shards, store
 from runtime.checkpoint.store import Damaged, Store
 from runtime.errors import ConfigError, ModelError
-from tests.harness import run
 from tests.runtime.saving import checkpointer, empty, resumed, run_folder, save
 
 
