@@ -385,6 +385,8 @@ def main(argv: list[str]) -> int:
         if not (gpus := apart(torch.cuda.device_count)):
             options.error("--device cuda: there is no CUDA device here")
         facts["gpu"] = apart(torch.cuda.get_device_name)
+    head = {"command": " ".join(["python -m benchmarks.modes", *argv]), "date": date.today().isoformat(), "machine": facts}
+    head |= {"versions": versions(("torch", "numpy")), "size": vars(size)}
     found = {}
     for name in args.only:
         mode = MODES[name]
@@ -400,11 +402,10 @@ def main(argv: list[str]) -> int:
             found[name] = {"ranks": mode.ranks, "failed": str(error).strip().splitlines()[-1]}
             print(error, file=sys.stderr)
         print(json.dumps({"cell": name, **found[name]}), flush=True)
+        if args.out:  # after each, so that a run that is ended leaves what it has
+            head["load_at_the_end"] = machine()["load"]
+            args.out.write_text(json.dumps({**head, "cells": found}, indent=1) + "\n", encoding="utf-8")
     print("\n" + table(found))
-    if args.out:
-        head = {"command": " ".join(["python -m benchmarks.modes", *argv]), "date": date.today().isoformat(), "machine": facts}
-        head |= {"load_at_the_end": machine()["load"], "versions": versions(("torch", "numpy")), "size": vars(size)}
-        args.out.write_text(json.dumps({**head, "cells": found}, indent=1) + "\n", encoding="utf-8")
     return int(any("failed" in numbers for numbers in found.values()))
 
 

@@ -292,10 +292,10 @@ def test_settings_of_torch_stay_what_they_were(folders):
 def test_what_computes_wrongly_is_refused(folders, sections, message):
     arch, axes = Arch.from_folder(folders["gemma3_text"]), sizes(ParallelConfig(), 1)
     with pytest.raises(ConfigError) as raised:
-        check(Sections(**sections), axes, arch, SLOTS, LoraConfig(dropout=0.1))
+        check(Sections(**sections), axes, arch, LoraConfig(dropout=0.1))
     assert str(raised.value) == message
-    check(Sections(**sections), axes, arch, SLOTS, LoraConfig())
-    check(Sections(**sections | {"compile": CompileConfig()}), axes, arch, SLOTS, LoraConfig(dropout=0.1))
+    check(Sections(**sections), axes, arch, LoraConfig())
+    check(Sections(**sections | {"compile": CompileConfig()}), axes, arch, LoraConfig(dropout=0.1))
 
 
 def wrong(rank: int, world: int, folder: Path, jobs: list[tuple]) -> list[bool]:

@@ -4,12 +4,16 @@ Ragged documents are packed into rows, some of which cross the borders of contex
 unequal numbers of targets. One rank with the reference attention computes the loss and every gradient of every family, full and
 LoRA; then choices of the factors below are combined and compared with it, 1e-5 relative in fp32.
 
-By default the cases cover every pair of choices that may be combined (`covering`). `-m slow` runs the full cross of `CROSS` and prints
-its counts.
+By default the cases cover every pair of choices that may be combined (`covering`). The full cross of `CROSS` is
+
+    python -m pytest tests/parallel/test_invariance.py -m slow -s
+
+which prints, in JSON, how many cases each choice had and how far they were off; `benchmarks/results/invariance.json` is what it found.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections import defaultdict
@@ -17,6 +21,7 @@ from itertools import combinations, product
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.config import DataConfig, SourceConfig
 from model.arch import Arch
@@ -205,5 +210,24 @@ def test_the_full_cross(archs, references):
     for group in by_world(cases, 24):
         errors += zip(group, compare(group, archs, references, 600.0))
     wrong = [(case, error) for case, error in errors if not error < BOUND]
-    print(f"\n{len(errors)} cases, {len(wrong)} wrong, worst error {max(error for _, error in errors):.1e}")
+    print("\n" + json.dumps({"torch": torch.__version__, "bound": BOUND, **counts(errors), "by": choices_of(errors)}, indent=1))
     assert not wrong, wrong[:3]
+
+
+def counts(errors: list[tuple[dict, float]]) -> dict:
+    return {
+        "cases": len(errors),
+        "wrong": sum(not error < BOUND for _, error in errors),
+        "worst": float(f"{max(error for _, error in errors):.1e}"),
+    }
+
+
+def choices_of(errors: list[tuple[dict, float]]) -> dict:
+    """`counts` for each choice of each factor."""
+    found = {}
+    for name in CROSS:
+        having = defaultdict(list)
+        for case, error in errors:
+            having[str(case[name])].append((case, error))
+        found[name] = {choice: counts(some) for choice, some in having.items()}
+    return found

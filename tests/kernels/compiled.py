@@ -1,0 +1,135 @@
+"""Compiles every Triton kernel for an H100 or H200 (sm_90a) through its Python launcher, without a GPU, and prints what came out.
+
+    TRITON_INTERPRET=0 python -m tests.kernels.compiled
+
+One JSON line per kernel: registers of a thread, bytes spilled, shared memory of a program. `CASES` calls each launcher with the
+shapes that matter; nothing is launched, arguments are only looked at. A process of its own, since the interpreter is chosen when
+triton is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+ARCH = 90
+CASES: dict[str, Callable[[], object]] = {}
+
+
+class NoDevice:
+    """The driver of a GPU that is not there."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", ARCH, 32)
+
+    def get_current_device(self) -> int:
+        return ARCH
+
+    def set_current_device(self, device: int) -> None: ...
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self):
+        return torch.cpu
+
+    def map_python_to_cpp_type(self, kind: str) -> str:
+        return "int"
+
+    def is_active(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[list]:
+    """Inside, a kernel that is called is compiled, put into the list with its name, and not launched."""
+    found, run = [], JITFunction.run
+    driver.set_active(NoDevice())
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        kernel = kernel.result() if hasattr(kernel, "result") else kernel
+        found.append((self.__name__, kernel))
+        return kernel
+
+    JITFunction.run = compile_only
+    try:
+        yield found
+    finally:
+        JITFunction.run = run
+
+
+def measured(kernel) -> dict[str, int]:
+    """Registers of a thread and bytes it spills, from the assembler; shared memory of a program in bytes; warps."""
+    told = assembled(kernel.asm["ptx"])
+    registers, spilled = re.search(r"Used (\d+) registers", told), re.search(r"(\d+) bytes spill stores", told)
+    return {
+        "registers": int(registers[1]),
+        "spilled": int(spilled[1]),
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "tensor_cores": int("wgmma" in kernel.asm["ptx"]),
+    }
+
+
+def assembled(ptx: str) -> str:
+    """What the assembler says of it. Triton has two; which one knows this version of PTX depends on the release."""
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        for name in ("ptxas", "ptxas-blackwell"):
+            command = [folder / name, "-v", "--gpu-name", f"sm_{ARCH}a", file.name, "-o", "/dev/null"]
+            told = subprocess.run(command, capture_output=True, text=True)
+            if not told.returncode:
+                return told.stderr
+    raise RuntimeError(told.stderr)
+
+
+def case(function: Callable[[], object]) -> Callable[[], object]:
+    CASES[function.__name__] = function
+    return function
+
+
+def half(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, dtype=torch.bfloat16)
+
+
+@case
+def rms_norm():
+    from kernels import rms_norm as op
+
+    for columns, rows in ((4096, 8), (8192, 8), (16384, 8), (128, 64)):
+        x, w, r = half(rows, columns), half(columns), torch.empty(rows, 1)
+        op._forward_triton(x, None, w, 1e-5, False)
+        op._forward_triton(x, x, w, 1e-5, True)
+        op._backward_triton(x, None, x, r, w, False, False)
+        op._backward_triton(x, x, x, r, w.float(), True, True)
+
+
+def main(names: list[str]) -> int:
+    for name in names or CASES:
+        with compiling() as found:
+            CASES[name]()
+        for kernel, compiled in found:
+            print(json.dumps({"case": name, "kernel": kernel, **measured(compiled)}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
