@@ -65,5 +65,5 @@ def block(size: int) -> int:
 
 
 def warps(elements: int) -> int:
-    """Warps for a program whose block has so many elements: 8 or more for each thread, 4 to 32 warps."""
-    return min(32, max(4, elements // 512))
+    """Warps for a program whose block has so many elements: 8 or more for each thread, 4 to 16 warps."""
+    return min(16, max(4, elements // 512))

@@ -99,54 +99,52 @@ def _backward(
 
 @jit
 def _forward_kernel(
-    x, add, weight, total, y, r, x_row, add_row, y_row, columns, eps, OFFSET: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr
+    x, add, weight, total, y, r, x_row, add_row, eps, COLUMNS: tl.constexpr, OFFSET: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
-    inside = at < columns
+    inside = at < COLUMNS
     value = tl.load(x + row * x_row + at, mask=inside, other=0.0)
     if ADD:
         value = (value.to(tl.float32) + tl.load(add + row * add_row + at, mask=inside, other=0.0).to(tl.float32)).to(value.dtype)
-        tl.store(total + row * y_row + at, value, mask=inside)
+        tl.store(total + row * COLUMNS + at, value, mask=inside)
     wide = value.to(tl.float32)
-    inverse = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / columns + eps)
+    inverse = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / COLUMNS + eps)
     tl.store(r + row, inverse)
     scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     if OFFSET:
         out = wide * inverse * (1.0 + scale)
     else:
         out = (wide * inverse).to(value.dtype).to(tl.float32) * scale.to(value.dtype).to(tl.float32)
-    tl.store(y + row * y_row + at, out.to(value.dtype), mask=inside)
+    tl.store(y + row * COLUMNS + at, out.to(value.dtype), mask=inside)
 
 
 @jit
 def _backward_kernel(
-    grad, to_sum, x, r, weight, dx, dw, grad_row, sum_row, x_row, rows, columns,
-    OFFSET: tl.constexpr, ADD: tl.constexpr, TRAINED: tl.constexpr, BLOCK: tl.constexpr,
+    grad, to_sum, x, r, weight, dx, dw, grad_row, sum_row, x_row, rows,
+    COLUMNS: tl.constexpr, OFFSET: tl.constexpr, ADD: tl.constexpr, TRAINED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64)
     step = tl.num_programs(0)
     at = tl.arange(0, BLOCK)
-    inside = at < columns
-    scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    if OFFSET:
-        scale += 1.0
+    inside = at < COLUMNS
     part = tl.zeros((BLOCK,), tl.float32)
     row = first
-    for _ in range(tl.program_id(0), rows, step):
+    while row < rows:
         inverse = tl.load(r + row)
         normalized = tl.load(x + row * x_row + at, mask=inside, other=0.0).to(tl.float32) * inverse
         g = tl.load(grad + row * grad_row + at, mask=inside, other=0.0).to(tl.float32)
         if TRAINED:
             part += g * normalized
-        g = g * scale
-        out = inverse * (g - normalized * (tl.sum(g * normalized, 0) / columns))
+        scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)  # again each time: registers are scarcer than the cache
+        g = g * (1.0 + scale if OFFSET else scale)
+        out = inverse * (g - normalized * (tl.sum(g * normalized, 0) / COLUMNS))
         if ADD:
             out += tl.load(to_sum + row * sum_row + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx + row * columns + at, out.to(dx.dtype.element_ty), mask=inside)
+        tl.store(dx + row * COLUMNS + at, out.to(dx.dtype.element_ty), mask=inside)
         row += step
     if TRAINED:
-        tl.store(dw + first * columns + at, part, mask=inside)
+        tl.store(dw + first * COLUMNS + at, part, mask=inside)
 
 
 def _forward_fake(x, add, weight, eps, offset):
@@ -162,8 +160,8 @@ def _forward_triton(x: Tensor, add: Tensor | None, weight: Tensor, eps: float, o
     if rows:
         size = block(columns)
         _forward_kernel[(rows,)](
-            flat, plus, weight, total, y, r, flat.stride(0), 0 if plus is None else plus.stride(0), columns, columns, eps,
-            OFFSET=offset, ADD=add is not None, BLOCK=size, num_warps=warps(size),
+            flat, plus, weight, total, y, r, flat.stride(0), 0 if plus is None else plus.stride(0), eps,
+            COLUMNS=columns, OFFSET=offset, ADD=add is not None, BLOCK=size, num_warps=warps(size),
         )  # fmt: skip
     return total, y, r
 
@@ -184,8 +182,8 @@ def _backward_triton(
     if rows:
         size = block(columns)
         _backward_kernel[(programs,)](
-            g, more, flat, r, weight, dx, parts, g.stride(0), 0 if more is None else more.stride(0), flat.stride(0), rows, columns,
-            OFFSET=offset, ADD=more is not None, TRAINED=needs_dw, BLOCK=size, num_warps=warps(size),
+            g, more, flat, r, weight, dx, parts, g.stride(0), 0 if more is None else more.stride(0), flat.stride(0), rows,
+            COLUMNS=columns, OFFSET=offset, ADD=more is not None, TRAINED=needs_dw, BLOCK=size, num_warps=warps(size), num_stages=1,
         )  # fmt: skip
     return dx, parts.sum(0).to(weight.dtype) if needs_dw else weight.new_empty(0)
 
