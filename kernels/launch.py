@@ -67,3 +67,9 @@ def block(size: int) -> int:
 def warps(elements: int) -> int:
     """Warps for a program whose block has so many elements: 8 or more for each thread, 4 to 16 warps."""
     return min(16, max(4, elements // 512))
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """[..., D] -> [rows, D] whose columns lie side by side; a copy only where they do not."""
+    flat = x.flatten(0, -2)
+    return flat if flat.stride(-1) == 1 else flat.contiguous()

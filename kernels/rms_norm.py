@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import block, jit, operator, tl, warps
+from kernels.launch import block, jit, operator, rows_of, tl, warps
 
 PARTS = 256  # partial sums of dw; a few for each multiprocessor
 WIDEST = 16384  # columns that a program's registers hold
@@ -154,7 +154,7 @@ def _forward_fake(x, add, weight, eps, offset):
 
 @operator("rms_norm", _forward_fake)
 def _forward_triton(x: Tensor, add: Tensor | None, weight: Tensor, eps: float, offset: bool) -> tuple[Tensor, Tensor, Tensor]:
-    flat, plus = _rows(x), None if add is None else _rows(add)
+    flat, plus = rows_of(x), None if add is None else rows_of(add)
     total, y, r = _forward_fake(x, add, weight, eps, offset)
     rows, columns = flat.shape
     if rows:
@@ -174,7 +174,7 @@ def _backward_fake(grad, to_sum, x, r, weight, offset, needs_dw):
 def _backward_triton(
     grad: Tensor, to_sum: Tensor | None, x: Tensor, r: Tensor, weight: Tensor, offset: bool, needs_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    g, flat, more = _rows(grad), _rows(x), None if to_sum is None else _rows(to_sum)
+    g, flat, more = rows_of(grad), rows_of(x), None if to_sum is None else rows_of(to_sum)
     rows, columns = flat.shape
     dx = x.new_empty(x.shape)
     programs = min(rows, PARTS) if needs_dw else rows
@@ -186,12 +186,6 @@ def _backward_triton(
             COLUMNS=columns, OFFSET=offset, ADD=more is not None, TRAINED=needs_dw, BLOCK=size, num_warps=warps(size), num_stages=1,
         )  # fmt: skip
     return dx, parts.sum(0).to(weight.dtype) if needs_dw else weight.new_empty(0)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., D] -> [rows, D] whose rows lie together; a copy only where they do not."""
-    flat = x.flatten(0, -2)
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
 IMPLS = {"torch": Impl(_forward, _backward), "triton": Impl(_forward_triton, _backward_triton)}

@@ -12,11 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kernels.rope import rotate
 from model.arch import Arch, Kind
 from model.backends import SDPA
 from model.linear import Linear, Slots
 from model.norm import NORMS
-from model.rope import rotate
 
 
 class Borders:

@@ -77,16 +77,10 @@ class Rotary(nn.Module):
             self.register_buffer(f"frequencies_{i}", frequencies(rope, self.head_dim).to(device), persistent=False)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """positions: [T] int -> for each rope (cos, sin), [T, 1, head_dim] each in `dtype`, as `rotate` takes them."""
+        """positions: [T] int -> for each rope (cos, sin), [T, 1, head_dim] each in `dtype`, as kernels/rope.py takes them."""
         out = []
         for i, rope in enumerate(self.ropes):
             angle = positions.float()[:, None, None] * getattr(self, f"frequencies_{i}")
             cos, sin = angle.cos() * rope.attention_factor, angle.sin() * rope.attention_factor
             out.append((torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)))
         return out
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [T, heads, head_dim] -> x rotated. cos, sin: [T, 1, head_dim]; the first half of sin is negated, so that the two halves
-    of x, swapped as they are, need no sign of their own (whole rows run three times as fast on a CPU as halves)."""
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin

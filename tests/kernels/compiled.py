@@ -122,6 +122,30 @@ def rms_norm():
         op._backward_triton(x, x, x, r, w.float(), True, True)
 
 
+@case
+def glu():
+    from kernels import glu as op
+
+    for act in op.ACT:
+        gate = half(8, 28672)[:, :14336]
+        op._forward_triton(gate, gate, act)
+        op._backward_triton(gate, gate, gate, act, True)
+        op._backward_triton(gate, gate, gate, act, False)
+
+
+@case
+def rope():
+    from kernels import rope as op
+
+    for size in (64, 128, 256):
+        q, k, table, w = half(8, 32, size), half(8, 8, size), half(8, 1, size), half(size)
+        op._forward_triton(q, k, table, table, None, None, 0.0, False)
+        op._backward_triton(q, k, None, None, table, table, None, None, 0.0, False, False)
+        for offset in (False, True):
+            op._forward_triton(q, k, table, table, w, w, 1e-6, offset)
+            op._backward_triton(q, k, q, k, table, table, w, w, 1e-6, offset, True)
+
+
 def main(names: list[str]) -> int:
     for name in names or CASES:
         with compiling() as found:

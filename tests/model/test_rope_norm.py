@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels.rope import rotate
 from model import build
 from model.arch import Arch, Rope
 from model.norm import NORMS
-from model.rope import Rotary, frequencies, rotate
+from model.rope import Rotary, frequencies
 from tests.model.golden import GOLDEN, distance, rows, write_config
 
 ROPES = {
