@@ -223,13 +223,14 @@ def assemble(cfg: RunConfig, arch: Arch, mesh: Mesh) -> tuple[Decoder, list[str]
     """The model as it trains: built on meta, transformed, parallelized. Still without memory. Also what filled its slots."""
     from model import build
     from model.transforms.lora import apply_lora
+    from model.transforms.ops import install
     from model.transforms.trainable import apply_trainable
     from parallel.apply import parallelize
 
     compute, masters = dtypes(cfg.precision, mesh.device)
     net = build(arch)
     net.compute_dtype = compute
-    report = [net.use_kernels(cfg.kernels, mesh.device, compute)]
+    report = install(net, cfg.kernels, mesh.device, compute)
     if cfg.lora is not None:
         report.append(apply_lora(net, cfg.lora))
     report.append(apply_trainable(net, cfg.lora, compute, masters))

@@ -51,13 +51,14 @@ def load_pretrained(
     from model.hub import fetch
     from model.safetensors_io import adapter_config, materialize
     from model.transforms.lora import apply_lora
+    from model.transforms.ops import install
 
     folder, dtype = fetch(str(path)), dtype or torch.float32
     net = build(Arch.from_folder(folder))
     if adapter is not None:
         adapter = fetch(str(adapter))
         apply_lora(net, adapter_config(net, adapter))
-    net.use_kernels(KernelsConfig(), device, dtype)
+    install(net, KernelsConfig(), device, dtype)
     net.to(dtype)
     net.compute_dtype = dtype
     materialize(net, device, 0, folder, adapter)

@@ -12,11 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.rope import rotate
+from kernels.regions import Ops
+from kernels.rope import rope
 from model.arch import Arch, Kind
 from model.backends import SDPA
-from model.linear import Linear, Slots
-from model.norm import NORMS
+from model.linear import Linear, Slots, here
+from model.norm import NORMS, RMSNorm
 
 
 class Borders:
@@ -92,10 +93,28 @@ class Backend(Protocol):
         """Why this backend cannot compute this model there, or None. It must keep documents apart or refuse."""
 
 
-class Attention(Slots):
-    """Slot `backend`: see Backend."""
+def queries_keys_values(attn: Attention, h: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The default `enter`: h [T, D] -> q [T, N, H], k and v [T, K, H], rotated."""
+    x = norm(h)
+    q, k, v = (proj(x).unflatten(-1, (-1, attn.head_dim)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+    if attn.q_norm is None:
+        q, k = rope(q, k, cos, sin, impl=attn.ops.rope)
+    else:
+        weights = here(attn.q_norm.weight), here(attn.k_norm.weight)
+        q, k = rope(q, k, cos, sin, *weights, attn.q_norm.eps, attn.q_norm.offset, attn.ops.rope)
+    return q, k, v
 
-    slots = ("backend",)
+
+def project(attn: Attention, out: Tensor) -> Tensor:
+    """The default `leave`: [T, N H] -> [T, D]."""
+    return attn.o_proj(out)
+
+
+class Attention(Slots):
+    """Slot `backend`: see Backend. Slots `enter` and `leave`: functions like `queries_keys_values` and `project` over the parts of its
+    Linears, where fused ones may go (model/transforms/ops.py). Slot `ops`: which implementation computes each operation."""
+
+    slots = ("backend", "enter", "leave", "ops")
     TP = {"q_proj": "col", "k_proj": "col", "v_proj": "col", "o_proj": "row", "q_norm": "whole", "k_norm": "whole"}
 
     def __init__(self, arch: Arch, index: int):
@@ -110,13 +129,9 @@ class Attention(Slots):
         norm = NORMS[arch.norm]
         self.q_norm = norm(arch.head_dim, arch.rms_norm_eps) if arch.qk_norm else None
         self.k_norm = norm(arch.head_dim, arch.rms_norm_eps) if arch.qk_norm else None
-        self.backend = SDPA
+        self.backend, self.enter, self.leave, self.ops = SDPA, queries_keys_values, project, Ops()
 
-    def forward(self, x: Tensor, ctx: AttnContext) -> Tensor:
-        """x: [T, D] -> [T, D]."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        cos, sin = ctx.rope[self.rope]
-        out = self.backend(rotate(q, cos, sin), rotate(k, cos, sin), v, ctx, self.kind, self.scale)
-        return self.o_proj(out.flatten(-2))
+    def forward(self, h: Tensor, ctx: AttnContext, norm: RMSNorm) -> Tensor:
+        """h: [T, D] -> [T, D], attention over the norm of h."""
+        q, k, v = self.enter(self, h, norm, *ctx.rope[self.rope])
+        return self.leave(self, self.backend(q, k, v, ctx, self.kind, self.scale).flatten(-2))

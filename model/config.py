@@ -59,3 +59,12 @@ class KernelsConfig:
         "varlen: by document borders, memory grows with the row (CUDA: bf16 or fp16); sdpa: any device and dtype, holds a mask of "
         "row x row; auto: varlen where it can compute the model.",
     ] = "auto"
+    blocks: Annotated[
+        Literal["auto", "fused", "separate"],
+        "fused: queries, keys and values, the output projection and the feed-forward network are one function each, with adapters, that "
+        "keeps only what its backward needs; separate: one operation after the other, for comparison; auto: fused where it can be.",
+    ] = "auto"
+    norm: Annotated[Literal["auto", "torch", "triton"], "RMSNorm. For this and those below, auto: triton on CUDA, else torch."] = "auto"
+    rope: Annotated[Literal["auto", "torch", "triton"], "Rotary embedding, with norms of heads where the model has them."] = "auto"
+    glu: Annotated[Literal["auto", "torch", "triton"], "The gate of the feed-forward network."] = "auto"
+    dropout: Annotated[Literal["auto", "torch", "triton"], "Dropout on the input of adapters, in fused blocks."] = "auto"

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from model import families
 from model.arch import Arch
 from model.attention import AttnContext, Borders
-from model.backends import choose
-from model.config import KernelsConfig
 from model.embed import Embedding
 from model.head import Head, logits, token_logprobs
 from model.linear import here
@@ -82,17 +80,6 @@ class Decoder(nn.Module):
     def reset_buffers(self, device: torch.device | str) -> None:
         """Computes what is neither loaded nor trained; call it after `to_empty`."""
         self.model.rotary.reset_buffers(device)
-
-    def use_kernels(self, cfg: KernelsConfig, device: torch.device | str, dtype: torch.dtype) -> str:
-        """Fills every attention's `backend` slot as the `[kernels]` section says. Returns a line for the start-up report.
-
-        Raises:
-            ConfigError: the backend asked for cannot compute this model on this device in this dtype.
-        """
-        backend, why = choose(cfg.attention, self.arch, torch.device(device), dtype)
-        for block in self.model.layers:
-            block.self_attn.fill("backend", backend, "kernels.attention")
-        return f"attention: {backend.name}{why}"
 
     def forward(self, row: Row, logits_at: Tensor | None = None) -> Tensor:
         """log p(labels[t] | all that slot t sees): [T] fp32, 0 where the label is negative.

@@ -19,9 +19,11 @@ from model.linear import Slots, here
 
 
 class RMSNorm(Slots):
-    """x: [..., size] -> same shape and dtype; weight: [size]."""
+    """x: [..., size] -> same shape and dtype; weight: [size].
 
-    slots = ("shard",)
+    Slot `impl`: which implementation computes it, a key of kernels/rms_norm.py IMPLS."""
+
+    slots = ("shard", "impl")
     offset = False  # is the weight stored minus one
     initial = 1.0  # what a fresh weight holds
 
@@ -29,10 +31,10 @@ class RMSNorm(Slots):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size))
-        self.shard = None
+        self.shard, self.impl = None, "torch"
 
     def forward(self, x: Tensor) -> Tensor:
-        y = rms_norm(x, here(self.weight), self.eps, self.offset)
+        y = rms_norm(x, here(self.weight), self.eps, self.offset, self.impl)
         return y if self.shard is None else self.shard.leave(y)
 
     def extra_repr(self) -> str:

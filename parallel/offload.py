@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from model import attention, ffn
 from model.config import LoraConfig
 from model.linear import Linear
 from model.weights import local
@@ -238,13 +239,15 @@ def _like(t: Tensor, data: Tensor) -> Tensor:
 
 def _frozen(net: nn.Module, blocks: list[nn.Module], device: torch.device) -> str:
     """Leaves the frozen weights of the blocks' linears on the host and fills `gemm` with a product that fetches them."""
+    for block in blocks:  # fused blocks would use several weights at once, and the device has room for the one in use and the next
+        block.self_attn.enter, block.self_attn.leave, block.mlp.impl = attention.queries_keys_values, attention.project, ffn.separate
     frozen = [m for block in blocks for m in block.modules() if isinstance(m, Linear) and not m.weight.requires_grad]
     feeder = Feeder(Lane(device), max((m.weight.nbytes for m in frozen), default=0))
     for number, linear in enumerate(frozen):
         linear.fill("gemm", Fetched(feeder, number), OWNER)
     weights = {id(m.weight) for m in frozen}
     net.on_host = frozenset(name for name, p in net.named_parameters() if id(p) in weights)
-    return f"offload: frozen weights of {len(frozen)} linears in host memory"
+    return f"offload: frozen weights of {len(frozen)} linears in host memory; blocks: separate"
 
 
 class Slot:

@@ -43,9 +43,17 @@ class Row:
         """x: [T, in/n], this rank's channels already."""
         return x
 
+    def first(self, channels: int) -> int:
+        """The number in the whole input of the first of this rank's `channels`."""
+        return channels * self.group.rank()
+
     def leave(self, y: Tensor) -> Tensor:
         """[T, out] partial sums -> [T/n, out]."""
         return scatter_sum(y, self.group)
+
+    def back(self, grad: Tensor) -> Tensor:
+        """The transpose of `leave`, for those who write their own backward."""
+        return gather(grad, self.group)
 
 
 class Gather:
@@ -57,6 +65,10 @@ class Gather:
     def leave(self, y: Tensor) -> Tensor:
         """[T/n, D] -> [T, D]."""
         return gather(y, self.group)
+
+    def back(self, grad: Tensor) -> Tensor:
+        """The transpose of `leave`."""
+        return scatter_sum(grad, self.group)
 
 
 class Vocab:

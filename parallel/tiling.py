@@ -22,15 +22,16 @@ Dropout inside (LoRA's) draws a mask per tile: it is the same in the recomputati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.ffn import FeedForward
+from model.ffn import FeedForward, gated
 from model.linear import here
+from model.norm import RMSNorm
 from parallel.config import TilingConfig
 
 
@@ -42,21 +43,26 @@ def apply(net: nn.Module, cfg: TilingConfig, ranks: int) -> list[str]:
         return []
     networks = [m for m in net.modules() if isinstance(m, FeedForward)]
     for ffn in networks:
-        ffn.impl = Tiled(ffn.impl, max(1, cfg.mlp // ranks), ranks)
+        ffn.impl = Tiled(max(1, cfg.mlp // ranks), ranks)
     return [f"tiling: {cfg.mlp} slots at a time in {len(networks)} feed-forward networks"]
 
 
 class Tiled:
-    """Fills `FeedForward.impl` around what was there; `rows` of each of `ranks` ranks make a tile."""
+    """Takes the place of what filled `FeedForward.impl`: a tile keeps nothing, so there is no saving in fusing it. `rows` of each of
+    `ranks` ranks make a tile."""
 
-    def __init__(self, inner: Callable[[FeedForward, Tensor], Tensor], rows: int, ranks: int):
-        self.inner, self.rows, self.ranks = inner, rows, ranks
+    def __init__(self, rows: int, ranks: int):
+        self.rows, self.ranks = rows, ranks
 
-    def __call__(self, ffn: FeedForward, x: Tensor) -> Tensor:
+    def __call__(self, ffn: FeedForward, h: Tensor, add: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        h = h + add
+        return h, self.tiles(ffn, norm(h))
+
+    def tiles(self, ffn: FeedForward, x: Tensor) -> Tensor:
         """x: [T, D] -> [T, D], or under tensor parallelism this rank's [T/n, D]."""
         tiles = [tile.flatten(0, 1) for tile in x.unflatten(0, (self.ranks, -1)).split(self.rows, 1)]
         if len(tiles) == 1 or not torch.is_grad_enabled():
-            return torch.cat([self.inner(ffn, tile) for tile in tiles])
+            return torch.cat([gated(ffn, tile) for tile in tiles])
         names = [name for name, p in ffn.named_parameters() if p.requires_grad]
         weights = [here(ffn.get_parameter(name)) for name in names]
         totals, out = [_First.apply(w) for w in weights], []
@@ -64,7 +70,7 @@ class Tiled:
             links = [_Link.apply(total, w) for total, w in zip(totals, weights)]
             totals = [total for total, _ in links]
             with _instead(ffn, dict(zip(names, (w for _, w in links)))):
-                out.append(checkpoint(self.inner, ffn, tile, use_reentrant=False))
+                out.append(checkpoint(gated, ffn, tile, use_reentrant=False))
         return torch.cat(out)
 
 

@@ -146,6 +146,7 @@ def test_saved_bytes_per_token_are_those_autograd_keeps(folder, toml):
     from model import build
     from model.attention import AttnContext, Borders
     from model.transforms.lora import apply_lora
+    from model.transforms.ops import install
     from model.transforms.trainable import apply_trainable
 
     cfg = load(RunConfig, toml, ["--recompute.kind=none", "--precision.compute=fp32", "--lora.dropout=0"][: 2 + (toml == LORA)])
@@ -153,7 +154,7 @@ def test_saved_bytes_per_token_are_those_autograd_keeps(folder, toml):
     if cfg.lora:
         apply_lora(net, cfg.lora)
     apply_trainable(net, cfg.lora, torch.float32)
-    net.use_kernels(cfg.kernels, "cpu", torch.float32)
+    install(net, cfg.kernels, "cpu", torch.float32)
     net.to_empty(device="cpu")
     net.reset_buffers("cpu")
     initialize(net, 0)

@@ -99,8 +99,9 @@ class Block(nn.Module):
         self.post_feedforward_layernorm = norm(arch.hidden_size, arch.rms_norm_eps)
 
     def forward(self, h: Tensor, ctx: AttnContext) -> Tensor:
-        h = h + self.post_attention_layernorm(self.self_attn(self.input_layernorm(h), ctx))
-        return h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h)))
+        attended = self.post_attention_layernorm(self.self_attn(h, ctx, self.input_layernorm))
+        h, out = self.mlp(h, attended, self.pre_feedforward_layernorm)
+        return h + self.post_feedforward_layernorm(out)
 
 
 def rules(arch: Arch) -> tuple:

@@ -39,10 +39,11 @@ class Block(nn.Module):
         self.self_attn = Attention(arch, index)
         self.post_attention_layernorm = norm(arch.hidden_size, arch.rms_norm_eps)
         self.mlp = FeedForward(arch)
+        self.mlp.only_added = True
 
     def forward(self, h: Tensor, ctx: AttnContext) -> Tensor:
-        h = h + self.self_attn(self.input_layernorm(h), ctx)
-        return h + self.mlp(self.post_attention_layernorm(h))
+        h, out = self.mlp(h, self.self_attn(h, ctx, self.input_layernorm), self.post_attention_layernorm)
+        return h + out
 
 
 def rules(arch: Arch) -> tuple:

@@ -13,6 +13,7 @@ from model.arch import Arch, Kind
 from model.attention import AttnContext, Borders
 from model.backends import BACKENDS, SDPA, VARLEN, choose
 from model.config import KernelsConfig
+from model.transforms.ops import install
 from runtime.errors import ConfigError
 from tests.model.golden import GOLDEN, distance, documents, fresh, rows, write_config
 
@@ -265,7 +266,7 @@ def test_packed_equals_separate_on_every_backend(tmp_path, name):
     results = {}
     for backend, cut in itertools.product(BACKENDS, ("packed", "separate")):
         net = fresh(arch, dtype=torch.float64)
-        assert net.use_kernels(KernelsConfig(backend), "cpu", torch.float64) == f"attention: {backend}"
+        assert install(net, KernelsConfig(backend), "cpu", torch.float64)[0] == f"attention: {backend}"
         loss = sum(net(r).square().sum() for r in ([row] if cut == "packed" else documents(row)))
         loss.backward()
         results[backend, cut] = [loss, *(p.grad for p in net.parameters())]
@@ -281,7 +282,7 @@ def test_recomputation_changes_nothing(tmp_path, backend):
     row, grads = rows(arch), []
     for recompute in (False, True):
         net = fresh(arch)
-        net.use_kernels(KernelsConfig(backend), "cpu", torch.float32)
+        install(net, KernelsConfig(backend), "cpu", torch.float32)
         if recompute:
             for block in net.model.layers:
                 block.forward = lambda h, ctx, f=block.forward: checkpoint(f, h, ctx, use_reentrant=False)

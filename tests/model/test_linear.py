@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from model.arch import Arch
-from model.ffn import gated
+from model.ffn import separate
 from model.linear import Linear, dense
 from tests.model.golden import fresh, rows, write_config
 
@@ -87,6 +87,6 @@ def test_the_fused_slot_of_the_ffn_sees_its_linears(tmp_path):
     net, row, seen = fresh(arch), rows(arch), []
     before = net(row)
     for block in net.model.layers:
-        block.mlp.fill("impl", lambda ffn, x: seen.append(ffn) or gated(ffn, x), "kernels.ffn")
+        block.mlp.fill("impl", lambda ffn, *rest: seen.append(ffn) or separate(ffn, *rest), "kernels.ffn")
     assert torch.equal(net(row), before)
     assert seen == [block.mlp for block in net.model.layers]

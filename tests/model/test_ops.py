@@ -11,6 +11,7 @@ from kernels.glu import ACT, glu, glu_ref
 from kernels.rms_norm import rms_norm, rms_norm_ref
 from model.arch import Arch
 from model.config import KernelsConfig
+from model.transforms.ops import install
 from tests.model.golden import distance, fresh, rows, write_config
 
 SHAPES = [(5, 123), (3, 7, 16), (1, 3), (0, 8)]
@@ -81,7 +82,7 @@ def test_what_a_block_keeps(tmp_path):
     """Per slot: inputs and outputs of two norms, q, k, v and what attention made of them, gate, up and their product."""
     arch = Arch.from_folder(write_config(tmp_path, "llama"))
     net, row = fresh(arch), rows(arch)
-    net.use_kernels(KernelsConfig("varlen"), "cpu", torch.float32)
+    install(net, KernelsConfig("varlen"), "cpu", torch.float32)
 
     def count(blocks: int) -> int:
         """Numbers kept by the model with so many blocks: every storage once, parameters aside."""

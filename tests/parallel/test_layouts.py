@@ -24,6 +24,7 @@ from model import build
 from model.arch import Arch
 from model.config import KernelsConfig, LoraConfig
 from model.transforms.lora import apply_lora
+from model.transforms.ops import install
 from model.transforms.trainable import apply_trainable
 from model.weights import initialize, local, region
 from objective import lm
@@ -99,7 +100,7 @@ def model(
         apply_lora(net, cfg)
     net.compute_dtype = compute
     apply_trainable(net, cfg, compute, torch.float32)
-    net.use_kernels(KernelsConfig(), "cpu", compute)
+    install(net, KernelsConfig(), "cpu", compute)
     if mesh is not None:
         again = RecomputeConfig(kind=recompute) if isinstance(recompute, str) else recompute
         sections = {"parallel": ParallelConfig(context_method=context_method), "recompute": again} | sections

@@ -19,8 +19,10 @@ from data.batch import Batch
 from model import build
 from model.arch import Arch
 from model.config import KernelsConfig, LoraConfig
+from model.ffn import separate
 from model.safetensors_io import allocate, materialize
 from model.transforms.lora import apply_lora
+from model.transforms.ops import install
 from model.transforms.trainable import apply_trainable
 from model.weights import full, local, parameters_at_rest
 from objective import lm
@@ -66,6 +68,7 @@ class Case:
     accumulate: int = 2
     compute: torch.dtype = torch.float32
     everywhere: bool = True
+    blocks: str = "auto"
 
 
 def keeper_of(net: nn.Module) -> Keeper:
@@ -85,7 +88,7 @@ def make(folder: Path, mesh: Mesh, case: Case) -> tuple[nn.Module, list[str]]:
         apply_lora(net, cfg)
     net.compute_dtype = case.compute
     apply_trainable(net, cfg, case.compute)
-    net.use_kernels(KernelsConfig(), "cpu", case.compute)
+    install(net, KernelsConfig(blocks=case.blocks), "cpu", case.compute)
     report = parallelize(
         net, mesh, Sections(ParallelConfig(**dict(case.axes)), recompute=case.recompute, offload=case.offload), case.compute
     )
@@ -126,7 +129,7 @@ def train(folder: Path, case: Case) -> tuple[list[float], dict[str, Tensor], nn.
 
 def compare(rank, world, folder, case):
     """This rank's numbers and weights with and without offloading are equal; weights moved at all."""
-    plain = replace(case, offload=OffloadConfig())
+    plain = replace(case, offload=OffloadConfig(), blocks="separate" if case.offload.frozen else "auto")
     want, weights, _ = train(folder, plain)
     found, moved, net = train(folder, case)
     first = train(folder, replace(plain, steps=0))[1]
@@ -275,7 +278,7 @@ def test_an_exception_halfway_leaves_a_usable_pool(folder, mesh):
     keeper.home.pool.piece = ALIGN
     forward(net, micro).backward()
     want, total = gradients(net), keeper.home.pool.total
-    down = net.model.layers[2].mlp.down_proj
+    net.model.layers[2].mlp.impl, down = separate, net.model.layers[2].mlp.down_proj
     down.gemm, gemm = lambda x, w: 1 / 0, down.gemm  # in the forward
     gc.disable()
     try:
@@ -556,7 +559,7 @@ def feeder_of(net: nn.Module) -> Feeder:
 @pytest.mark.parametrize("kind", ["none", "full"])
 def test_frozen_weights_are_on_the_host_and_the_next_one_is_under_way(folder, mesh, monkeypatch, kind):
     net, report = make(folder, mesh, Case(FROZEN, lora=True, recompute=RecomputeConfig(kind=kind)))
-    assert "offload: frozen weights of 28 linears in host memory" in report
+    assert "offload: frozen weights of 28 linears in host memory; blocks: separate" in report
     feeder, micro = feeder_of(net), rows_of(mesh, 1)
     uses, late = [], []
     get = Feeder.get

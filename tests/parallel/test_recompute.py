@@ -103,7 +103,7 @@ def seen(folder) -> dict[str, tuple[int, int, Watch]]:
 def test_less_is_kept_the_more_is_recomputed(seen):
     saved, live, row = {n: x[0] for n, x in seen.items()}, {n: x[1] for n, x in seen.items()}, TOKENS * LLAMA["hidden_size"] * 4
     assert saved["none"] > saved["every_n"] > saved["full"]
-    assert (saved["none"] - saved["every_n"]) / (saved["none"] - saved["full"]) == pytest.approx(2 / 3, abs=0.01)  # blocks 0 and 2
+    assert (saved["none"] - saved["every_n"]) / (saved["none"] - saved["full"]) == pytest.approx(2 / 3, abs=0.02)  # blocks 0 and 2
     assert saved["none"] - saved["full"] > LAYERS * 8 * row
     # autograd does not count what selective recomputation keeps
     assert live["none"] > live["attention"] > live["full"]

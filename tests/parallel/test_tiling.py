@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels import linear_logprob as head
 from model.arch import Arch
 from model.decoder import Decoder
-from model.ffn import FeedForward
+from model.ffn import FeedForward, gated
 from objective import lm
 from parallel import tiling
 from parallel.config import ParallelConfig, PrecisionConfig, RecomputeConfig, TilingConfig
@@ -73,9 +73,9 @@ def network(tmp_path):
     return make
 
 
-def derivatives(ffn: FeedForward, x: Tensor, grad: Tensor) -> list[Tensor]:
+def derivatives(ffn: FeedForward, x: Tensor, grad: Tensor, compute=gated) -> list[Tensor]:
     x = x.detach().requires_grad_()
-    return torch.autograd.grad(ffn(x), [x, *ffn.parameters()], grad)
+    return torch.autograd.grad(compute(ffn, x), [x, *ffn.parameters()], grad)
 
 
 def test_gradients_of_weights_add_up_in_fp32_and_are_rounded_once(network):
@@ -84,13 +84,11 @@ def test_gradients_of_weights_add_up_in_fp32_and_are_rounded_once(network):
     x, grad = ((torch.randn(2048, 32, generator=g) + 0.5).bfloat16() for _ in range(2))
     exact, errors = derivatives(network(torch.float64), x.double(), grad.double()), {}
     for name, impl in (
-        ("whole", lambda inner: inner),
-        ("tiled", lambda inner: tiling.Tiled(inner, 2, 1)),
-        ("as autograd would", lambda inner: lambda net, x: torch.cat([inner(net, tile) for tile in x.split(2)])),
+        ("whole", gated),
+        ("tiled", tiling.Tiled(2, 1).tiles),
+        ("as autograd would", lambda net, x: torch.cat([gated(net, tile) for tile in x.split(2)])),
     ):
-        ffn = network(torch.bfloat16)
-        ffn.impl = impl(ffn.impl)
-        errors[name] = [distance(a, b) for a, b in zip(derivatives(ffn, x, grad), exact)]
+        errors[name] = [distance(a, b) for a, b in zip(derivatives(network(torch.bfloat16), x, grad, impl), exact)]
     assert max(errors["whole"]) < 1e-2
     assert all(a < 1.1 * b for a, b in zip(errors["tiled"], errors["whole"]))
     assert min(errors["as autograd would"][1:]) > 3 * max(errors["tiled"][1:])
@@ -101,9 +99,7 @@ def test_a_row_computes_alike_in_any_tile(network):
     x, grad = (torch.randn(64, 32, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(2))
     want = derivatives(network(torch.float64), x, grad)
     for tile in (1, 16, 30, 32):
-        ffn = network(torch.float64)
-        ffn.impl = tiling.Tiled(ffn.impl, tile, 1)
-        found = derivatives(ffn, x, grad)
+        found = derivatives(network(torch.float64), x, grad, tiling.Tiled(tile, 1).tiles)
         assert tile == 1 or torch.equal(found[0], want[0])
         assert max(map(distance, found, want)) < 1e-14
 
@@ -112,9 +108,8 @@ def test_less_lives_at_a_time(network):
     x, most, kept = torch.randn(512, 32), [], []
     for tile in (512, 32):
         ffn = network(torch.float32)
-        ffn.impl = tiling.Tiled(ffn.impl, tile, 1)
         with Watch() as watch:
-            y = ffn(x.clone().requires_grad_())
+            y = tiling.Tiled(tile, 1).tiles(ffn, x.clone().requires_grad_())
             kept.append(watch.live())
             y.square().sum().backward()
         most.append(watch.peak)
