@@ -82,7 +82,7 @@ def test_what_a_block_keeps(tmp_path):
     """Per slot: inputs and outputs of two norms, q, k, v and what attention made of them, gate, up and their product."""
     arch = Arch.from_folder(write_config(tmp_path, "llama"))
     net, row = fresh(arch), rows(arch)
-    install(net, KernelsConfig("varlen"), "cpu", torch.float32)
+    install(net, KernelsConfig("varlen", blocks="separate"), "cpu", torch.float32)
 
     def count(blocks: int) -> int:
         """Numbers kept by the model with so many blocks: every storage once, parameters aside."""
