@@ -24,6 +24,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.cpu import log_normal
+from benchmarks.runner import Unavailable
 from data.batch import IGNORE, Batch
 from model import build, flops
 from model.arch import Arch
@@ -42,7 +44,9 @@ from runtime.config import load
 from train import RunConfig, assemble
 
 RANK, ALPHA, LR, MAX_NORM = 16, 32, 1e-4, 1.0
-BOUNDS = {"loss": 2e-3, "gradients": 1e-2}  # relative errors of a bf16 model against the fp32 reference
+# Relative errors against the fp32 reference of (loss, gradients), by the device type, which decides the compute dtype. bf16 rounds
+# gradients of wide models by more than a hundredth, whoever computes them: there the gate asks what plain torch loses.
+BOUNDS = {"cpu": (1e-5, 1e-4), "cuda": (2e-3, 1e-2)}
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,6 @@ class Work:
         """Of the documents of each row. They fill it."""
         if not self.mean:
             return [[self.row]] * self.rows
-        from benchmarks.cpu import log_normal
-
         found = []
         for number in range(self.rows):
             borders = log_normal(8 * self.row // self.mean, self.mean, 0.6, self.row, seed=number).cumsum()
@@ -201,7 +203,8 @@ def reference(p: dict[str, Tensor], shape: Shape, documents: list[Tensor]) -> Te
 
 
 def gate(make: Callable[[Work], Side], work: Work) -> dict[str, float]:
-    """Relative errors of a side's loss and gradients (all of them as one vector) against the reference, with two layers.
+    """Relative errors of a side's loss and gradients (all of them as one vector) against the reference, with two layers; beside them
+    those of the reference itself under autocast to bf16, twice which the gradients may have.
 
     Raises:
         AssertionError: they are above BOUNDS, or the reference is trivial.
@@ -211,16 +214,27 @@ def gate(make: Callable[[Work], Side], work: Work) -> dict[str, float]:
     loss, found = side.gradients()
     values = {canonical(name): p.detach().float().requires_grad_(p.requires_grad) for name, p in side.net.named_parameters()}
     ids = [document.to(side.device) for row in work.documents() for document in row]
-    want = reference(values, work.shape, ids) / side.units
-    want.backward()
-    wanted = {name: value.grad for name, value in values.items() if value.requires_grad}
+
+    def answer(narrow: bool) -> tuple[float, dict[str, Tensor]]:
+        with torch.autocast(side.device.type, torch.bfloat16, enabled=narrow):
+            total = reference(values, work.shape, ids) / side.units
+        trained = {name: value for name, value in values.items() if value.requires_grad}
+        return total.item(), dict(zip(trained, torch.autograd.grad(total, list(trained.values()))))
+
+    (want, wanted), (_, rounded) = answer(False), answer(True)
     assert found.keys() == wanted.keys() and len(found) > 2, f"trained on one side only: {sorted(found.keys() ^ wanted.keys())[:4]}"
     size = sum(g.double().square().sum() for g in wanted.values()).sqrt().item()
-    apart = sum((found[name].double() - g).square().sum() for name, g in wanted.items()).sqrt().item()
     assert want > 1 and size > 1e-4, f"the reference is trivial: loss {want}, gradients {size}"
-    errors = {"loss": abs(loss / want.item() - 1), "gradients": apart / size}
-    for what, error in errors.items():
-        assert error < BOUNDS[what], f"the {what} is {error:.1e} from the fp32 reference, more than {BOUNDS[what]:.0e}: not timed"
+
+    def error(gradients: dict[str, Tensor]) -> float:
+        return sum((gradients[name].double() - g).square().sum() for name, g in wanted.items()).sqrt().item() / size
+
+    errors = {"loss": abs(loss / want - 1), "gradients": error(found), "gradients_of_plain_bf16": error(rounded)}
+    bounds = dict(zip(("loss", "gradients"), BOUNDS[side.device.type]))
+    if side.device.type == "cuda":
+        bounds["gradients"] = max(bounds["gradients"], 2 * errors["gradients_of_plain_bf16"])
+    for what, bound in bounds.items():  # written so that NaN fails
+        assert errors[what] < bound, f"the {what}: {errors[what]:.1e} from the fp32 reference, more than {bound:.1e}; not timed"
     return errors
 
 
@@ -254,13 +268,19 @@ def one_rank(device: str) -> Iterator[torch.device]:
 class Side:
     """A model with its optimizer and the micro-batches of a step.
 
-    net, device, units: learned tokens of a step; words: what it says of itself.
+    units: learned tokens of a step; words: what it says of itself; batches: the micro-batches.
     """
 
     net: nn.Module
+    opt: torch.optim.Optimizer
     device: torch.device
     units: int
     words: list[str]
+    batches: list
+
+    def cut(self, micro: int) -> None:
+        """From now on micro-batches of so many rows."""
+        raise NotImplementedError
 
     def loss(self, i: int) -> Tensor:
         """The share of micro-batch i in the step's loss, with its graph."""
@@ -276,7 +296,7 @@ class Side:
     def gradients(self) -> tuple[float, dict[str, Tensor]]:
         """The step's loss and gradients, without an update."""
         total = 0.0
-        for i in range(self.count):
+        for i in range(len(self.batches)):
             loss = self.loss(i)
             loss.backward()
             total += loss.item()
@@ -302,20 +322,24 @@ class Ours(Side):
         self.net.reset_buffers(device)
         fill(self.net.named_parameters())
         self.opt = offload.optimizer(partial(build_optimizer, self.trained().items(), self.cfg.optim), self.cfg.offload, device)
-        rows = work.documents()
-        parts = [[ids for row in rows[i : i + micro] for ids in row] for i in range(0, len(rows), micro)]
-        self.batches = [pack(part, self.cfg.data.tokens, work.row, max(map(len, parts))) for part in parts]
-        self.units, self.count = sum(map(lm.count, self.batches)), len(self.batches)
+        self.work = work
+        self.cut(micro)
+        self.units = sum(map(lm.count, self.batches))
         self.net.train()
+
+    def cut(self, micro: int) -> None:
+        rows = self.work.documents()
+        parts = [[ids for row in rows[i : i + micro] for ids in row] for i in range(0, len(rows), micro)]
+        self.batches = [pack(part, micro * self.work.row, self.work.row, max(map(len, parts))) for part in parts]
 
     def loss(self, i: int) -> Tensor:
         lm.seed_dropout(self.cfg.train.seed, i)
-        last_backward(self.net, i == self.count - 1, self.cfg.parallel)
+        last_backward(self.net, i == len(self.batches) - 1, self.cfg.parallel)
         return lm.loss(self.net, self.batches[i].to(self.device), self.units)
 
     def step(self) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for i in range(self.count):
+        for i in range(len(self.batches)):
             loss = self.loss(i)
             loss.backward()
             total += loss.detach()
@@ -338,10 +362,6 @@ def pack(documents: list[Tensor], slots: int, longest: int, most: int) -> Batch:
 
 
 # -- theirs ----------------------------------------------------------------------------------------------------------------
-
-
-class Unavailable(Exception):
-    """What is compared with is not installed here, or does not import."""
 
 
 def probe(module: str) -> object:
@@ -397,10 +417,12 @@ class Theirs(Side):
             net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.net, self.device = net.train(), device
         self.words = [f"transformers {transformers.__version__}, adapters {adapters}, liger {liger}, kernels {kernels or 'none'}"]
-        rows = torch.stack([row[0] for row in work.documents()])
-        self.batches = list(rows.split(micro))
-        self.units, self.count = rows.shape[0] * (rows.shape[1] - 1), len(self.batches)
+        self.rows, self.units = torch.stack([row[0] for row in work.documents()]), work.rows * (work.row - 1)
+        self.cut(micro)
         self.opt = torch.optim.AdamW(self.trained().values(), lr=LR, fused=True)
+
+    def cut(self, micro: int) -> None:
+        self.batches = list(self.rows.split(micro))
 
     def loss(self, i: int) -> Tensor:
         ids = self.batches[i].to(self.device, non_blocking=True)
@@ -408,7 +430,7 @@ class Theirs(Side):
 
     def step(self) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for i in range(self.count):
+        for i in range(len(self.batches)):
             loss = self.loss(i)
             loss.backward()
             total += loss.detach()
