@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import measure, runner, sides
-from benchmarks.measure import between, free, kernel_seconds, mark, peak, settle, spread, turns
+from benchmarks.measure import between, free, kernel_seconds, mark, peak, rotating, settle, spread, turns
 from benchmarks.runner import Cell, Job
 from benchmarks.sides import SHAPES, Ours, Side, Theirs, Work, one_rank
 from model import flops
-from model.backends import VARLEN
 from model.arch import Kind
 from model.attention import AttnContext, Borders
+from model.backends import VARLEN
 
 PEAK = 989e12  # FLOP/s, dense bf16, of an H100 or H200 (data sheet): the denominator of MFU where the device is not in model/flops.py
 RECOMPUTE = "--recompute.kind=full"
@@ -80,7 +80,7 @@ def layer_shapes(tiny: bool) -> dict[str, tuple[int, int]]:
 def copy_rate(device: torch.device, size: int, job: Job) -> dict:
     """Bytes per second, read and written, of copies of `size` bytes."""
     sets = turns(lambda _: (torch.randn(size // 4, device=device), torch.empty(size // 4, device=device)), 2 * size)
-    took = kernel_seconds(lambda i: sets[i % len(sets)], lambda pair: pair[1].copy_(pair[0]), device, job.kernels)
+    took = kernel_seconds(rotating(sets), lambda pair: pair[1].copy_(pair[0]), device, job.kernels)
     return {"bytes_per_s": 2 * size / took["median"], "seconds": took}
 
 
@@ -91,7 +91,7 @@ def gemm_rate(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device, 
         return torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
 
     sets = turns(make, (m + n) * k * dtype.itemsize)
-    took = kernel_seconds(lambda i: sets[i % len(sets)], lambda pair: pair[0] @ pair[1].T, device, job.kernels)
+    took = kernel_seconds(rotating(sets), lambda pair: pair[0] @ pair[1].T, device, job.kernels)
     return {"m": m, "k": k, "n": n, "flops": 2 * m * k * n, "flops_per_s": 2 * m * k * n / took["median"], "seconds": took}
 
 
@@ -117,7 +117,7 @@ def attention_rate(name: str, job: Job, device: torch.device, dtype: torch.dtype
     sets = turns(make, 3 * slots * s.hidden * dtype.itemsize)
     upstream = torch.randn(slots, s.heads, size, device=device, dtype=dtype)
     try:
-        forward = kernel_seconds(lambda i: sets[i % len(sets)], lambda qkv: attend(*qkv), device, job.kernels)
+        forward = kernel_seconds(rotating(sets), lambda qkv: attend(*qkv), device, job.kernels)
         backward = kernel_seconds(
             lambda i: (attend(*sets[i % len(sets)]), sets[i % len(sets)]),
             lambda given: torch.autograd.grad(given[0], given[1], upstream),
@@ -136,7 +136,9 @@ def link_rates(device: torch.device, job: Job) -> dict:
     host, here = torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.empty(size, dtype=torch.uint8, device=device)
     found = {}
     for name, to, source in (("to_device", here, host), ("to_host", host, here)):
-        took = kernel_seconds(lambda i, pair=(to, source): pair, lambda pair: pair[0].copy_(pair[1], non_blocking=True), device, job.kernels)
+        took = kernel_seconds(
+            lambda i, pair=(to, source): pair, lambda pair: pair[0].copy_(pair[1], non_blocking=True), device, job.kernels
+        )
         found[name] = size / took["median"]
     return found
 
@@ -153,7 +155,10 @@ def training(job: Job, work: Work, make: Callable[[torch.device], Make]) -> dict
         work = sides.Work(SHAPES["tiny"], 32, work.rows, min(work.mean, 8), work.lora)
     with one_rank(job.device) as device:
         build = make(device)
-        errors = sides.gate(lambda small: build(small, small.rows, False), Work(work.shape, 24 if job.tiny else 384, 2, work.mean and 8, work.lora))
+        errors = sides.gate(
+            lambda small: build(small, small.rows, False),
+            Work(work.shape, 24 if job.tiny else 384, 2, work.mean and (8 if job.tiny else 96), work.lora),
+        )
         free(device)
         tried, best = [], None
         for recompute in (False, True):
@@ -317,7 +322,11 @@ def cold_start(job: Job) -> dict:
         side.step()
         settle(device)
         second = time.time() - marks["first_step"]
-    return {"seconds": marks["first_step"] - job.begun, "until": {name: at - job.begun for name, at in marks.items()}, "second_step": second}
+    return {
+        "seconds": marks["first_step"] - job.begun,
+        "until": {name: at - job.begun for name, at in marks.items()},
+        "second_step": second,
+    }
 
 
 # -- cells -------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from importlib import metadata
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ def step_seconds(step: Callable[[], object], device: torch.device, pace: Pace) -
         step()
         marks.append(mark(device))
     settle(device)
-    return [between(a, b) for a, b in zip(marks, marks[1:])]
+    return [between(a, b) for a, b in pairwise(marks)]
 
 
 def kernel_seconds(prepare: Callable[[int], object], work: Callable[[object], object], device: torch.device, pace: Pace) -> dict:
@@ -95,6 +96,11 @@ def spread(values: list[float]) -> dict:
 def turns(make: Callable[[int], object], size: int) -> list:
     """Input sets `make(i)` of `size` bytes each: three or more, and together at least twice what L2 holds."""
     return [make(i) for i in range(max(3, -(-2 * L2_BYTES // max(size, 1 << 20))))]
+
+
+def rotating(sets: list) -> Callable[[int], object]:
+    """One set after the other, for `kernel_seconds`."""
+    return lambda i: sets[i % len(sets)]
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------------
@@ -181,7 +187,12 @@ def smi(running: Callable[[], object] | None = None) -> dict[str, str] | None:
     """What nvidia-smi says of the first device, if there is one; with `running` while that is under way, untimed."""
     if shutil.which("nvidia-smi") is None:
         return None
-    command = ["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader", f"--id={os.environ.get('CUDA_VISIBLE_DEVICES', '0')}"]
+    command = [
+        "nvidia-smi",
+        f"--query-gpu={','.join(FIELDS)}",
+        "--format=csv,noheader",
+        f"--id={os.environ.get('CUDA_VISIBLE_DEVICES', '0')}",
+    ]
     asked = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     begun = time.monotonic()
     while running is not None and asked.poll() is None and time.monotonic() - begun < 10:

@@ -161,7 +161,9 @@ def micro_table(name: str, found: dict) -> str:
         return shown(1e3 * row["seconds"]["median"]) + (f" ({row['of_floor']:.2f}x)" if row.get("of_floor") else "")
 
     ways = list(dict.fromkeys((row["way"], row["half"]) for row in found["rows"]))
-    table = rows([f"{name}, ms (times the floor)", *(f"T = {n}" for n in sizes)], ([f"{w} {h}", *(value(w, h, n) for n in sizes)] for w, h in ways))
+    table = rows(
+        [f"{name}, ms (times the floor)", *(f"T = {n}" for n in sizes)], ([f"{w} {h}", *(value(w, h, n) for n in sizes)] for w, h in ways)
+    )
     return table + "".join(f"\nnot here: {reason}\n" for reason in found["missing"])
 
 

@@ -28,7 +28,18 @@ from benchmarks.cpu import ROOT, machine
 from benchmarks.measure import KERNELS, STEPS, TINY, Pace, installed, smi
 from parallel.local import apart
 
-PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "liger-kernel", "unsloth", "axolotl", "cut-cross-entropy", "nvidia-cudnn-cu13")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "peft",
+    "liger-kernel",
+    "unsloth",
+    "axolotl",
+    "cut-cross-entropy",
+    "nvidia-cudnn-cu13",
+)
 
 
 class Unavailable(Exception):
@@ -79,7 +90,18 @@ def perform(cell: Cell, job: Job) -> dict:
 
 def spawn(suite: str, name: str, cell: Cell, device: str, tiny: bool) -> dict:
     """`perform` in a process of its own."""
-    command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.{suite}", "--cell", name, "--device", device, *(["--tiny"] if tiny else [])]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        f"benchmarks.{suite}",
+        "--cell",
+        name,
+        "--device",
+        device,
+        *(["--tiny"] if tiny else []),
+    ]
     limit = 120 if tiny else 2 * cell.seconds
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "BENCHMARK_BEGUN": str(time.time())}
@@ -120,11 +142,11 @@ def main(suite: str, about: str, cells: dict[str, Cell], argv: list[str]) -> int
         return 0
     if args.device == "cpu" and not args.tiny:
         options.error("--device cpu shows that the code runs, no more; add --tiny")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("error: there is no CUDA device here; --device cpu --tiny shows that the code runs", file=sys.stderr)
-        return 2
     if args.cell:
         return _child(cells[args.cell], args.device, args.tiny)
+    if args.device == "cuda" and not apart(torch.cuda.is_available):  # asked in a fork: this process should hold no GPU memory
+        print("error: there is no CUDA device here; --device cpu --tiny shows that the code runs", file=sys.stderr)
+        return 2
 
     begun = time.monotonic()
     results = {

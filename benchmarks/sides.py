@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -108,7 +109,7 @@ class Work:
         for number in range(self.rows):
             borders = log_normal(8 * self.row // self.mean, self.mean, 0.6, self.row, seed=number).cumsum()
             inside = [0, *borders[borders < self.row - 1].tolist(), self.row]
-            found.append([b - a for a, b in zip(inside, inside[1:])])
+            found.append([b - a for a, b in pairwise(inside)])
         return found
 
     @property
@@ -378,7 +379,9 @@ def probe(module: str) -> object:
     try:
         return importlib.import_module(module)
     except Exception as error:  # some of these look for a GPU, for other packages and for the network when they are imported
-        raise Unavailable(f"{module} does not import: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        raise Unavailable(
+            f"{module} does not import: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
 
 
 class Theirs(Side):
@@ -389,7 +392,14 @@ class Theirs(Side):
     """
 
     def __init__(
-        self, work: Work, device: torch.device, micro: int, adapters: str = "fp32", liger: bool = False, kernels: str = "", checkpoint: bool = False
+        self,
+        work: Work,
+        device: torch.device,
+        micro: int,
+        adapters: str = "fp32",
+        liger: bool = False,
+        kernels: str = "",
+        checkpoint: bool = False,
     ):
         import transformers
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
