@@ -79,7 +79,7 @@ def layer_shapes(tiny: bool) -> dict[str, tuple[int, int]]:
 
 def copy_rate(device: torch.device, size: int, job: Job) -> dict:
     """Bytes per second, read and written, of copies of `size` bytes."""
-    sets = turns(lambda _: (torch.randn(size // 4, device=device), torch.empty(size // 4, device=device)), 2 * size)
+    sets = turns(lambda _: (torch.randn(size // 4, device=device), torch.empty(size // 4, device=device)), 2 * size, device)
     took = kernel_seconds(rotating(sets), lambda pair: pair[1].copy_(pair[0]), device, job.kernels)
     return {"bytes_per_s": 2 * size / took["median"], "seconds": took}
 
@@ -90,7 +90,7 @@ def gemm_rate(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device, 
     def make(_: int) -> tuple[Tensor, Tensor]:
         return torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
 
-    sets = turns(make, (m + n) * k * dtype.itemsize)
+    sets = turns(make, (m + n) * k * dtype.itemsize, device)
     took = kernel_seconds(rotating(sets), lambda pair: pair[0] @ pair[1].T, device, job.kernels)
     return {"m": m, "k": k, "n": n, "flops": 2 * m * k * n, "flops_per_s": 2 * m * k * n / took["median"], "seconds": took}
 
@@ -114,7 +114,7 @@ def attention_rate(name: str, job: Job, device: torch.device, dtype: torch.dtype
         with sdpa_kernel({"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}[name]):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
 
-    sets = turns(make, 3 * slots * s.hidden * dtype.itemsize)
+    sets = turns(make, 3 * slots * s.hidden * dtype.itemsize, device)
     upstream = torch.randn(slots, s.heads, size, device=device, dtype=dtype)
     try:
         forward = kernel_seconds(rotating(sets), lambda qkv: attend(*qkv), device, job.kernels)

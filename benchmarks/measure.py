@@ -93,9 +93,9 @@ def spread(values: list[float]) -> dict:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "count": len(values)}
 
 
-def turns(make: Callable[[int], object], size: int) -> list:
-    """Input sets `make(i)` of `size` bytes each: three or more, and together at least twice what L2 holds."""
-    return [make(i) for i in range(max(3, -(-2 * L2_BYTES // max(size, 1 << 20))))]
+def turns(make: Callable[[int], object], size: int, device: torch.device) -> list:
+    """Input sets `make(i)` of `size` bytes each: three, and on CUDA as many more as are together twice what L2 holds."""
+    return [make(i) for i in range(max(3, -(-2 * L2_BYTES // size) if device.type == "cuda" else 0))]
 
 
 def rotating(sets: list) -> Callable[[int], object]:
@@ -107,9 +107,9 @@ def rotating(sets: list) -> Callable[[int], object]:
 
 
 def free(device: torch.device) -> None:
-    """Gives back what no one holds any more: each measurement begins with an empty allocator."""
-    gc.collect()
+    """Gives back what no one holds any more: each measurement begins with an empty allocator. The CPU has none to empty."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 

@@ -14,7 +14,6 @@ candidates and no part of the product; a test holds each of them to autograd in 
 
 from __future__ import annotations
 
-import ast
 import importlib
 import sys
 from collections.abc import Callable
@@ -36,10 +35,10 @@ from kernels import launch
 from kernels.glu import glu, glu_ref
 from kernels.linear_logprob import linear_logprob, linear_logprob_ref
 from kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_ref
+from kernels.rope import rope, rope_ref
 from model.arch import Kind
 from model.attention import AttnContext, Borders
 from model.backends import BACKENDS
-from model.rope import rotate
 
 EPS, DOCUMENT = 1e-5, 4096
 Way = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -93,11 +92,6 @@ def backends(shape: Shape, tokens: int, device: torch.device) -> dict[str, Way]:
     return found
 
 
-def swapped(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """RoPE of queries and keys, as the model calls it."""
-    return rotate(q, cos, sin), rotate(k, cos, sin)
-
-
 def add_rms_norm_ref(x: Tensor, add: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return x + add, rms_norm_ref(x + add, weight, EPS)
 
@@ -139,8 +133,8 @@ OPS = {
             random(t, 1, head_size(s)),
         ),
         2,
-        swapped,
-        swapped,
+        rope,
+        rope_ref,
         {},
         lambda s, t: Floor(2 * (s.heads + s.kv_heads) * head_size(s), 2 * (s.heads + s.kv_heads) * head_size(s)),
     ),
@@ -181,17 +175,8 @@ OPS = {
 
 def tabled() -> set[str]:
     """Modules of kernels/ that have a table of implementations."""
-    found = set()
-    for path in (ROOT / "kernels").glob("*.py"):
-        names = {
-            t.id
-            for node in ast.parse(path.read_text()).body
-            if isinstance(node, ast.Assign)
-            for t in node.targets
-            if isinstance(t, ast.Name)
-        }
-        found |= {path.stem} if "IMPLS" in names else set()
-    return found
+    names = (path.stem for path in (ROOT / "kernels").glob("[!_]*.py"))
+    return {name for name in names if hasattr(importlib.import_module(f"kernels.{name}"), "IMPLS")}
 
 
 def ways(op: Op, shape: Shape, tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Way], list[str]]:
@@ -210,7 +195,7 @@ def ways(op: Op, shape: Shape, tokens: int, device: torch.device, dtype: torch.d
         torch.compiler.reset()  # each shape is compiled for itself
         found["plain torch"] = op.plain
         found["torch.compile"] = torch.compile(op.plain, dynamic=False, backend="inductor" if device.type == "cuda" else "aot_eager")
-    for name, (module, call) in op.others.items():
+    for name, (module, call) in op.others.items():  # at the end: some write into their inputs
         try:
             found[name] = partial(call, probe(module))
         except Unavailable as error:
@@ -239,11 +224,11 @@ def measured(name: str, job: Job) -> dict:
         def random(*size: int) -> Tensor:
             return torch.randn(size, device=device, dtype=dtype)
 
-        def inputs(_: int) -> tuple[Tensor, ...]:
+        def inputs(_: int, tokens: int = tokens) -> tuple[Tensor, ...]:
             made = op.make(shape, tokens, random)
             return tuple(x.requires_grad_(i < op.needs) for i, x in enumerate(made))
 
-        sets = turns(inputs, sum(x.numel() * x.itemsize for x in inputs(0)[: op.needs]))
+        sets = turns(inputs, sum(x.numel() * x.itemsize for x in inputs(0)[: op.needs]), device)
         for way, call in found.items():
             if job.late():
                 rows.append({"way": way, "half": "forward", "tokens": tokens, "unavailable": "no time left"})
@@ -468,7 +453,7 @@ def lora(name: str, job: Job) -> dict:
 
 def timed(candidate: type[Base], inputs: Callable[[], tuple], size: int, device: torch.device, job: Job) -> dict[str, dict]:
     """Seconds of each part of a candidate; size: bytes of its inputs."""
-    sets = turns(lambda _: candidate(*inputs()), size)
+    sets = turns(lambda _: candidate(*inputs()), size, device)
     for one in sets:  # the backward reads what the forward kept
         one.forward()
     return {part: kernel_seconds(rotating(sets), methodcaller(part), device, job.kernels) for part in candidate.parts}
