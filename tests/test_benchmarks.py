@@ -1,13 +1,23 @@
-"""`benchmarks.modes`, at sizes whose numbers mean nothing: that it runs, what it says, and that what computes something else fails."""
+"""`benchmarks.modes`, `.gpu` and `.micro`, at sizes whose numbers mean nothing: that they run, what they say, and that what computes
+something else fails."""
 
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
+import torch
 
-from benchmarks import modes
+from benchmarks import gpu, measure, micro, modes, report, runner, sides
+from benchmarks.runner import Cell, Job
+from benchmarks.sides import SHAPES, Ours, Theirs, Work
+from model.transforms.lora import Lora
 from parallel.tensor import Gather
+from tests.kernels.close import close
 
 
 def quick(capsys, *words: str) -> tuple[int, dict[str, dict], str]:
@@ -66,3 +76,208 @@ def test_the_gate_compares_losses_and_gradients():
 def test_modes_that_compile_are_left_out_unless_asked_for(capsys):
     code, found, _ = quick(capsys, "--only", "compile", "nothing")
     assert code == 0 and list(found) == ["nothing"]
+
+
+# -- one GPU: the runner ---------------------------------------------------------------------------------------------------
+
+
+def here(suite: str, name: str, cell: Cell, device: str, tiny: bool) -> dict:
+    """`runner.spawn` in this process."""
+    return runner.perform(cell, Job(device, tiny, cell.seconds, time.time()))
+
+
+def cells_of(suite, capsys, monkeypatch, path) -> tuple[int, dict]:
+    monkeypatch.setattr(runner, "spawn", here)
+    code = suite.main(["--tiny", "--device", "cpu", "--out", str(path)])
+    results = json.loads(path.read_text())
+    said = capsys.readouterr().out
+    assert results["cells"].keys() == suite.CELLS.keys() and said.endswith(report.markdown(results) + "\n")
+    assert not results["skipped"] and {"commit", "date", "versions", "machine", "command", "device"} <= results.keys()
+    return code, results
+
+
+def test_cells_run_in_processes_of_their_own():
+    found = runner.spawn("gpu", "cold_start", gpu.CELLS["cold_start"], "cpu", True)
+    assert found["seconds"] > found["until"]["imports"] > 0 and list(found["until"]) == ["imports", "device", "model", "first_step"]
+    assert "said nothing" in runner.spawn("gpu", "no_such_cell", gpu.CELLS["cold_start"], "cpu", True)["failed"]
+    begun = time.monotonic()
+    found = runner.spawn("gpu", "ours_2048", Cell(0, gpu.CELLS["ours_2048"].run), "cpu", False)
+    assert "twice its estimate" in found["failed"] and time.monotonic() - begun < 3
+
+
+def test_the_deadline_leaves_out_what_would_pass_it_but_for_the_last(capsys, monkeypatch):
+    now = [1000.0]
+
+    def spawn(suite: str, name: str, cell: Cell, device: str, tiny: bool) -> dict:
+        now[0] += cell.seconds
+        return {"failed": "as it should"} if name == "b" else {}
+
+    monkeypatch.setattr(runner, "spawn", spawn)
+    monkeypatch.setattr(runner, "apart", lambda ask: True if ask is torch.cuda.is_available else "a GPU")
+    monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
+    cells = {name: Cell(seconds, None, last=name == "z") for name, seconds in (("z", 20), ("a", 50), ("b", 30), ("c", 30), ("d", 10))}
+    assert runner.main("gpu", "", cells, ["--deadline", "120"]) == 1  # b failed
+    out, err = capsys.readouterr()
+    run = [json.loads(line)["cell"] for line in out.splitlines() if line.startswith("{")]
+    assert run == ["a", "b", "d", "z"] and "skipped c" in err and "`c` skipped" in out and "`b` failed" in out
+
+
+def test_without_a_gpu_there_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(runner, "apart", lambda ask: False)
+    for suite in (gpu, micro):
+        assert suite.main([]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# -- one GPU: steps --------------------------------------------------------------------------------------------------------
+
+
+def test_every_cell_of_gpu(capsys, monkeypatch, tmp_path):
+    code, results = cells_of(gpu, capsys, monkeypatch, tmp_path / "gpu.json")
+    cells = results["cells"]
+    absent = {name for name, found in cells.items() if "unavailable" in found}
+    assert code == 0 and absent <= {"hf_2048_bf16_liger", "hf_2048_liger", "unsloth_2048", "axolotl_2048"}
+    steps = {name: found for name, found in cells.items() if "tokens_per_s" in found}
+    assert {"ours_2048", "hf_2048", "hf_2048_bf16", "ours_3b_full", "ours_2048_again"} <= steps.keys()
+    for found in steps.values():
+        assert 0 <= found["gate"]["gradients"] < 1e-4 < found["gate"]["gradients_of_plain_bf16"]
+        assert found["breakdown"]["gemm"] > 0 and found["tokens_per_s"]["min"] <= found["tokens_per_s"]["median"]
+    # both sides have trained the same thing: the loss after the same steps
+    assert cells["ours_2048"]["loss"] == pytest.approx(cells["hf_2048"]["loss"], rel=1e-5)
+    assert cells["ours_2048"]["loss"] != pytest.approx(cells["ours_8192"]["loss"], rel=1e-5)
+    assert cells["ours_8192_documents"]["documents"] > 2
+    assert {"ours_16", "peft_fp32_16", "ours_against_peft_bf16_32"} <= cells["post_8b"].keys()
+    table = gpu.main(["--table", str(tmp_path / "gpu.json")]) == 0 and capsys.readouterr().out
+    assert all(f"| {name} |" in table for name in steps) and "| post_8b, published |" in table and "Toy sizes" in table
+    bars = ElementTree.parse(tmp_path / "gpu.svg").getroot().findall("{http://www.w3.org/2000/svg}rect")
+    assert len(bars) == 1 + len(steps)
+
+
+TINY = Work(SHAPES["tiny"], 24, 2)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001, float("nan")])
+@pytest.mark.parametrize("where", ["loss", "adapters"])
+def test_the_gate_stops_what_computes_something_else(monkeypatch, where, factor):
+    owner, name = (Ours, "loss") if where == "loss" else (Lora, "__call__")
+    right = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda self, *args: right(self, *args) * factor)
+    with sides.one_rank("cpu") as device:
+        if factor == 1.0:
+            assert sides.gate(lambda work: Ours(work, device, 2), replace(TINY, mean=8))["gradients"] < 1e-5
+        else:
+            with pytest.raises(AssertionError, match="not timed"):
+                sides.gate(lambda work: Ours(work, device, 2), replace(TINY, mean=8))
+
+
+def test_the_reference_hears_adapters_positions_and_borders():
+    with sides.one_rank("cpu") as device:
+        side = Ours(replace(TINY, mean=8), device, 2)
+        values = {name: p.detach().clone() for name, p in side.net.named_parameters()}
+        rows = side.work.documents()
+        ids = [one for row in rows for one in row]
+        want = sides.reference(values, TINY.shape, ids)
+        changed = values | {"model.layers.1.mlp.down_proj.lora_B.weight": 0 * values["model.layers.1.mlp.down_proj.lora_B.weight"]}
+        assert abs(sides.reference(changed, TINY.shape, ids) / want - 1) > 1e-5
+        joined = sides.reference(values, TINY.shape, [torch.cat(row) for row in rows])
+        assert len(ids) > 4 and abs(joined / want - 1) > 1e-3
+        assert side.step() == pytest.approx((want / side.units).item(), rel=1e-5)
+
+
+def test_kernels_of_others_are_put_in_and_gated():
+    def mlp(module, x):
+        return module.down_proj(torch.nn.functional.silu(module.gate_proj(x)) * module.up_proj(x))
+
+    plain = {"apply_lora_qkv": lambda a, x: (a.q_proj(x), a.k_proj(x), a.v_proj(x)), "apply_lora_o": lambda a, x: a.o_proj(x)}
+    with sides.one_rank("cpu") as device:
+        for feed, bound in ((mlp, 1e-5), (lambda module, x: mlp(module, x) * 1.01, None)):
+
+            def make(work: Work, feed=feed) -> Theirs:
+                side = Theirs(work, device, 1)
+                sides.put_in(side.net, SimpleNamespace(**plain, apply_lora_mlp_swiglu=feed))
+                return side
+
+            if bound:
+                assert sides.gate(make, TINY)["gradients"] < bound
+            else:
+                with pytest.raises(AssertionError, match="not timed"):
+                    sides.gate(make, TINY)
+
+
+def test_a_micro_batch_that_does_not_fit_is_halved_and_recomputed(monkeypatch):
+    def step(side: Ours) -> float:
+        if len(side.batches[0].tokens) > 2 * 32 and side.cfg.recompute.kind == "none":
+            raise torch.OutOfMemoryError("as on a small device")
+        return right(side)
+
+    right = Ours.step
+    monkeypatch.setattr(Ours, "step", step)
+    found = gpu.CELLS["ours_2048"].run(Job("cpu", True, 1000, time.time()))
+    assert [(one["micro_rows"], one["recompute"], one["fits"]) for one in found["tried"]] == [
+        (8, False, False), (4, False, False), (2, False, True), (8, True, True),
+    ]  # fmt: skip
+    rates = {one["micro_rows"]: one["tokens_per_s"] for one in found["tried"][2:]}
+    assert found["tokens_per_s"]["median"] == max(rates.values()) == rates[found["micro_rows"]]
+
+
+def test_time_by_class_counts_overlaps_once_as_idle():
+    spans = [
+        ("nvjet_tst_128x256_64x4", 0, 10),
+        ("flash_fwd_kernel", 5, 12),
+        ("_rms_norm_forward_kernel", 15, 20),
+        ("Memcpy HtoD", 16, 18),
+        ("nvjet_x", 21, 25),
+    ]
+    assert measure.by_class(spans) == {"gemm": 14, "attention": 7, "norm": 5, "copy": 2, "idle": 4}
+    assert [measure.kind(n) for n in ("multi_tensor_apply_kernel", "_glu_kernel", "ncclDevKernel")] == ["optimizer", "activation", "other"]
+
+
+def test_targets_are_judged():
+    cells = {"ours_2048": {"tokens_per_s": {"median": 14500.0}, "mb_per_token": 3.6}, "cold_start": {"seconds": 20.0}}
+    rate, memory, start = (t for t in report.TARGETS if report.look_up({"cells": cells}, t.cell, t.key) is not None)
+    assert rate.met(14500.0, rate.gate) and not rate.met(14500.0, rate.goal)
+    assert not memory.met(3.6, memory.gate) and start.met(20.0, start.goal)
+
+
+# -- one GPU: operations ---------------------------------------------------------------------------------------------------
+
+
+def test_every_cell_of_micro(capsys, monkeypatch, tmp_path):
+    code, results = cells_of(micro, capsys, monkeypatch, tmp_path / "micro.json")
+    assert code == 0
+    for name, found in results["cells"].items():
+        assert found["rows"] and all(row["seconds"]["median"] > 0 for row in found["rows"]), name
+        assert any("ours" in row["way"] or name.startswith("lora") for row in found["rows"])
+    assert {row["way"] for row in results["cells"]["glu"]["rows"]} >= {"ours torch", "plain torch", "torch.compile"}
+    assert {row["way"] for row in results["cells"]["lora_qkv"]["rows"]} == set(micro.CANDIDATES)
+    assert "| augmented pack |" in report.markdown(results)
+    assert len(report.bars(results)[1]) > 40 and ElementTree.fromstring(report.svg(*report.bars(results))) is not None
+
+
+@pytest.mark.parametrize("name", micro.OPS)
+def test_all_ways_of_an_operation_compute_the_same(name):
+    op, cpu, draws = micro.OPS[name], torch.device("cpu"), torch.Generator().manual_seed(0)
+    inputs = op.make(SHAPES["tiny"], 32, lambda *size: torch.randn(size, generator=draws))
+    found, _ = micro.ways(op, SHAPES["tiny"], 32, cpu, torch.float32)
+    outs = {way: micro.together(call(*(x.clone() for x in inputs))) for way, call in found.items()}
+    first = outs.pop(next(iter(outs)))
+    assert len(outs) >= 1
+    for way, out in outs.items():
+        close(out, first), way
+
+
+@pytest.mark.parametrize("way", [way for way in micro.CANDIDATES if way != "plain gemm"])
+@pytest.mark.parametrize("outs", [(24,), (40, 8, 8)])
+def test_candidates_for_linears_with_adapters_are_exact(way, outs):
+    torch.manual_seed(0)
+    group = micro.group_of(24, outs, 3, torch.device("cpu"), torch.float64)
+    w, a, b = group.w, group.a.clone().requires_grad_(), tuple(one.clone().requires_grad_() for one in group.b)
+    x, dy = torch.randn(5, 24, dtype=torch.float64, requires_grad=True), torch.randn(5, sum(outs), dtype=torch.float64)
+    low = [group.s * (x @ one_a.T) @ one_b.T for one_a, one_b in zip(a, b)]
+    y = x @ w.T + torch.cat(low, 1)
+    dx, da, *db = torch.autograd.grad(y, (x, a, *b), dy)
+    made = micro.CANDIDATES[way](group, x.detach(), dy)
+    close([made.forward()], [y], 1e-14)
+    found = made.backward()
+    close([found[0], found[1], *found[2]], [dx, da, *db], 1e-14)
+    assert torch.cat(low, 1).norm() > 0.01 * y.norm()  # adapters count
