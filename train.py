@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from data.config import DataConfig, SourceConfig
 from model.config import KernelsConfig, LoraConfig, ModelConfig
+from objective.config import LmConfig, ObjectiveConfig
 from optim.config import AdamWConfig, CosineConfig, OptimConfig, ScheduleConfig
 from parallel.config import CompileConfig, OffloadConfig, ParallelConfig, PrecisionConfig, RecomputeConfig, TilingConfig
 from runtime.config import flatten, parse_args, to_toml
@@ -112,6 +113,7 @@ class RunConfig:
     output: OutputConfig
     train: TrainConfig = TrainConfig()
     lora: LoraConfig | None = None
+    objective: ObjectiveConfig = LmConfig()
     optim: OptimConfig = AdamWConfig()
     schedule: ScheduleConfig = CosineConfig()
     eval: EvalConfig | None = None
@@ -136,6 +138,7 @@ DRIFT = (
     ("data.cache", "free"),
     ("data.*", "allow"),
     ("identity.data", "allow"),
+    ("objective.*", "allow"),
     ("optim.kind", "forbidden"),
     ("optim.*", "allow"),
     ("schedule.*", "allow"),
@@ -412,7 +415,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
             for i, batch in enumerate(micro):
                 lm.seed_dropout(cfg.train.seed, batch.pack)
                 last_backward(net, i == len(micro) - 1, cfg.parallel)
-                loss = lm.loss(net, batch.to(device), max(units, 1))
+                loss = lm.loss(net, batch.to(device), max(units, 1), cfg.objective)
                 loss.backward()
                 meters.loss += loss.detach() * units
             set_lr(opt, lr := cfg.optim.lr * factor(cfg.schedule, step, total))

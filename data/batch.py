@@ -26,11 +26,14 @@ class Batch:
     filled: int = 0  # slots that hold documents; those after them are padding
     slots: Tensor | None = None  # [T] int32 numbers in the whole row of the slots that are here; None: all, in order
     group: dict[str, Tensor] = field(default_factory=dict)  # per-document fields, [N] each, e.g. "source" int64
+    targets: int | None = None  # `learned()`, where labels are no longer on the host; None: not counted
 
     def to(self, device: torch.device | str) -> Batch:
+        """On another device. Targets are counted first: there, nobody could ask for their number without waiting for the device."""
         names = ("tokens", "labels", "positions", "cu_seqlens", *(["slots"] if self.slots is not None else []))
         move = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, **move, group={k: v.to(device, non_blocking=True) for k, v in self.group.items()})
+        targets = self.learned() if self.labels.device.type == "cpu" else self.targets
+        return replace(self, **move, targets=targets, group={k: v.to(device, non_blocking=True) for k, v in self.group.items()})
 
     def document(self) -> Tensor:
         """[T] int64: the number in its row of the document that each slot belongs to."""

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kernels.linear_logprob import Extras, Scores
 from model import families
 from model.arch import Arch
 from model.attention import AttnContext, Borders
@@ -32,6 +33,7 @@ class Row(NamedTuple):
     cu_seqlens: Tensor  # [N+1] int32, borders from 0 to T
     max_seqlen: int  # no document is longer
     labels: Tensor | None = None  # [T] int64, shifted already; negative: nothing is learned
+    targets: int | None = None  # how many labels are not negative, where the host knows
 
 
 class Trunk(nn.Module):
@@ -64,6 +66,7 @@ class Decoder(nn.Module):
 
     on_host: names of parameters that lie in host memory whatever the device (parallel/offload.py).
     logits_bytes: size of a buffer of logits, of which one or two exist at a time; None: as suits the device.
+    head_impl: which implementation computes log-probabilities, a key of kernels/linear_logprob.py `IMPLS`.
     """
 
     TP = {"lm_head": "vocab"}
@@ -74,6 +77,7 @@ class Decoder(nn.Module):
         self.compute_dtype = torch.float32
         self.on_host: frozenset[str] = frozenset()
         self.logits_bytes: int | None = None
+        self.head_impl = "torch"
         self.model = Trunk(arch)
         self.lm_head = None if arch.tie_word_embeddings else Head(arch.vocab_size, arch.hidden_size)
 
@@ -81,17 +85,19 @@ class Decoder(nn.Module):
         """Computes what is neither loaded nor trained; call it after `to_empty`."""
         self.model.rotary.reset_buffers(device)
 
-    def forward(self, row: Row, logits_at: Tensor | None = None) -> Tensor:
+    def forward(self, row: Row, logits_at: Tensor | None = None, extras: Extras | None = None) -> Tensor | Scores:
         """log p(labels[t] | all that slot t sees): [T] fp32, 0 where the label is negative.
 
         With `logits_at` ([M] int64, slots) the logits of those slots instead: [M, V] fp32.
+        With `extras` the scores that they name, of which a loss takes `value` (kernels/linear_logprob.py).
         """
         h = self.model(row, self.compute_dtype)
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         weight = here(head.weight)
         if logits_at is not None:
             return logits(h[logits_at], weight, self.arch.logit_softcap, head.shard)
-        return token_logprobs(h, weight, row.labels, self.arch.logit_softcap, head.shard, self.logits_bytes)
+        how = {"budget": self.logits_bytes, "learned": row.targets, "impl": self.head_impl, "extras": extras}
+        return token_logprobs(h, weight, row.labels, self.arch.logit_softcap, head.shard, **how)
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """[B, S] int64 -> [B, S, V] fp32; every row is a document of its own. For inspection and tests."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.linear_logprob import Vocabulary, linear_logprob
+from kernels.linear_logprob import Extras, Scores, Vocabulary, linear_logprob, linear_scores
 from model.linear import Slots
 
 
@@ -34,12 +34,18 @@ def token_logprobs(
     softcap: float | None = None,
     split: Vocabulary | None = None,
     budget: int | None = None,
-) -> Tensor:
+    learned: int | None = None,
+    impl: str = "torch",
+    extras: Extras | None = None,
+) -> Tensor | Scores:
     """hidden: [T, D], weight: [V, D], labels: [T] int64 -> log p(label) [T] fp32, 0 where the label is negative.
 
     With `split`, `weight` is this rank's rows of the vocabulary. budget: bytes of a buffer of logits; None: as suits the device.
+    learned: how many labels are not negative, where the host knows. impl: a key of kernels/linear_logprob.py `IMPLS`.
+    With `extras`, the scores that they name.
     """
-    return linear_logprob(hidden, weight, labels, softcap, budget, split)
+    how = (softcap, budget, split, learned, impl)
+    return linear_logprob(hidden, weight, labels, *how) if extras is None else linear_scores(hidden, weight, labels, *how, extras)
 
 
 def logits(hidden: Tensor, weight: Tensor, softcap: float | None = None, split: Vocabulary | None = None) -> Tensor:

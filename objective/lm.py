@@ -3,6 +3,9 @@
 An objective is two functions. `count` says, before any forward pass, how many units of loss a micro-batch holds; the
 trainer adds that up over micro-batches and ranks. `loss` returns this micro-batch's *sum* divided by that global number.
 So loss and gradients do not depend on how the documents were cut into micro-batches and ranks.
+
+Label smoothing and z-loss (objective/config.py) change what is minimized, not what is reported: evaluations and the number that
+`loss` gives are the plain cross-entropy, so that runs with and without can be compared.
 """
 
 from __future__ import annotations
@@ -13,6 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import Batch
+from kernels.linear_logprob import Extras
+from objective.config import LmConfig
+
+PLAIN = LmConfig()
 
 
 def count(batch: Batch) -> int:
@@ -20,9 +27,16 @@ def count(batch: Batch) -> int:
     return batch.learned()
 
 
-def loss(net: nn.Module, batch: Batch, units: float) -> Tensor:
-    """- sum_t log p(label_t) / units, a scalar fp32; `net(batch)` is 0 where nothing is learned."""
-    return -net(batch).sum() / units
+def loss(net: nn.Module, batch: Batch, units: float, cfg: LmConfig = PLAIN) -> Tensor:
+    """- sum_t log p(label_t) / units, a scalar fp32; `net(batch)` is 0 where nothing is learned.
+
+    Its gradient is that of what `cfg` says to minimize: - sum_t value_t / units (kernels/linear_logprob.py).
+    """
+    if cfg == PLAIN:
+        return -net(batch).sum() / units
+    scores = net(batch, extras=Extras(cfg.label_smoothing, cfg.z_loss))
+    minimized, plain = (-x.sum() / units for x in (scores.value, scores.logp))
+    return minimized + (plain - minimized).detach()
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ def split(batch: Batch, mesh: Mesh) -> Batch:
     slots = torch.cat([torch.arange(a, b, device=batch.tokens.device) for a, b in chunks])
     mine = {name: getattr(batch, name)[slots] for name in ("tokens", "labels", "positions")}
     filled = sum(max(0, min(b, batch.filled) - a) for a, b in chunks)
-    return replace(batch, **mine, filled=filled, slots=slots.int())
+    return replace(batch, **mine, filled=filled, slots=slots.int(), targets=None)
 
 
 def _pad(batch: Batch, slots: int) -> Batch:

@@ -152,7 +152,7 @@ def measured_step(cfg: RunConfig, net: Decoder, mesh: Mesh) -> Profile:
         traffic, last = [], min(cfg.train.accumulate, 3)  # the first micro-batch, one between, and the last
         for i in range(last):
             last_backward(net, i == last - 1, cfg.parallel)
-            loss = lm.loss(net, row, 1.0)
+            loss = lm.loss(net, row, 1.0, cfg.objective)
             ledger.mark("head, forward")
             loss.backward()
             ledger.mark("embedding, backward")

@@ -154,7 +154,7 @@ def step(cfg: RunConfig, arch: Arch, packs: int):
     units, total = int(mesh.sum_over_data(torch.tensor(sum(map(lm.count, micro))))), torch.zeros((), dtype=torch.float64)
     for i, row in enumerate(micro):
         last_backward(net, i == len(micro) - 1, cfg.parallel)
-        loss = lm.loss(net, row, units)
+        loss = lm.loss(net, row, units, cfg.objective)
         loss.backward()
         total += loss.detach()
     grads = {name: p.grad for name, p in net.named_parameters() if p.requires_grad}

@@ -35,6 +35,7 @@ def install(net: Decoder, cfg: KernelsConfig, device: torch.device | str, dtype:
     anywhere = launch.unsupported(device, dtype)
     norm = _choose("norm", cfg.norm, anywhere or rms_norm.unsupported(net.arch.hidden_size))
     ops = regions.Ops(norm, *(_choose(name, getattr(cfg, name), anywhere) for name in ("rope", "glu", "dropout")))
+    net.head_impl = _choose("head", cfg.head, anywhere)
     fused, reason = _fused(net, cfg.blocks)
     for module in net.modules():
         if isinstance(module, RMSNorm):
@@ -49,7 +50,8 @@ def install(net: Decoder, cfg: KernelsConfig, device: torch.device | str, dtype:
             module.fill("ops", ops, OWNER)
             if fused:
                 module.fill("impl", feed_forward, OWNER)
-    by = {impl: [name for name, each in ops._asdict().items() if each == impl] for impl in dict.fromkeys(ops)}
+    chosen = {**ops._asdict(), "head": net.head_impl}
+    by = {impl: [name for name, each in chosen.items() if each == impl] for impl in dict.fromkeys(chosen.values())}
     return [
         f"attention: {backend.name}{why}",
         f"blocks: {'fused' if fused else 'separate'}{reason}; " + ", ".join(f"{impl}: {' '.join(names)}" for impl, names in by.items()),

@@ -146,6 +146,17 @@ def rope():
             op._backward_triton(q, k, q, k, table, table, w, w, 1e-6, offset, True)
 
 
+@case
+def linear_logprob():
+    from kernels import linear_logprob as op
+
+    for columns, softcap in ((128256, None), (262144, 30.0), (4571, None)):
+        z, label, row = torch.empty(64, columns), torch.empty(64, dtype=torch.int64), torch.empty(64)
+        op._sums_triton(z, label, softcap)
+        op._slope_triton(z, label, row, None, softcap, 0.0, 0.0, columns, torch.bfloat16)
+        op._slope_triton(z, label, row, row, softcap, 0.1, 1e-4, columns, torch.bfloat16)
+
+
 def main(names: list[str]) -> int:
     for name in names or CASES:
         with compiling() as found:
