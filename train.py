@@ -233,9 +233,8 @@ def assemble(cfg: RunConfig, arch: Arch, mesh: Mesh) -> tuple[Decoder, list[str]
     compute, masters = dtypes(cfg.precision, mesh.device)
     net = build(arch)
     net.compute_dtype = compute
-    report = install(net, cfg.kernels, mesh.device, compute)
-    if cfg.lora is not None:
-        report.append(apply_lora(net, cfg.lora))
+    report = [] if cfg.lora is None else [apply_lora(net, cfg.lora)]
+    report += install(net, cfg.kernels, mesh.device, compute)
     report.append(apply_trainable(net, cfg.lora, compute, masters))
     report += parallelize(net, mesh, cfg, compute)
     return net, report

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.launch import jit, operator, rows_of, tl
@@ -232,6 +233,29 @@ def _dropout_triton(x: Tensor, seed: Tensor, chance: float, first: int) -> Tenso
         grid = (rows, -(-columns // 1024))
         _dropout_kernel[grid](x, y, seed, x.stride(0), columns, first, _threshold(chance), 1 / (1 - chance), BLOCK=1024, num_warps=4)
     return y
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, seed: Tensor, chance: float, first: int, impl: str) -> Tensor:
+        ctx.save_for_backward(seed)
+        ctx.rest = chance, first, impl
+        return dropout(x, seed, *ctx.rest)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return dropout(grad, *ctx.saved_tensors, *ctx.rest), None, None, None, None
+
+
+def seeds(count: int, device: torch.device) -> Tensor:
+    """[count] int64 from torch's default generator of the device."""
+    return torch.randint(2**62, (count,), device=device)
+
+
+def drop(x: Tensor, chance: float, first: int = 0, impl: str = "torch") -> Tensor:
+    """`dropout` with a new seed, under autograd."""
+    return _Dropout.apply(x, seeds(1, x.device)[0], chance, first, impl) if chance else x
 
 
 IMPLS: dict[str, Callable[[Tensor, Tensor, float, int], Tensor]] = {"torch": _dropout_torch, "triton": _dropout_triton}

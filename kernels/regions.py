@@ -136,10 +136,10 @@ def _needs(flat: Sequence[bool]) -> list[Needs]:
 
 
 def _seeds(x: Tensor, kinds: Sequence[Kind]) -> Tensor | None:
-    """A number for each linear from torch's default generator; None where nothing is dropped."""
+    """A number for each linear None where nothing is dropped."""
     if not any(kind.dropout for kind in kinds):
         return None
-    return torch.randint(2**62, (len(kinds),), device=x.device)
+    return lora.seeds(len(kinds), x.device)
 
 
 def _recomputed() -> bool:

@@ -68,4 +68,4 @@ class KernelsConfig:
     rope: Annotated[Literal["auto", "torch", "triton"], "Rotary embedding, with norms of heads where the model has them."] = "auto"
     glu: Annotated[Literal["auto", "torch", "triton"], "The gate of the feed-forward network."] = "auto"
     head: Annotated[Literal["auto", "torch", "triton"], "Log-sum-exp over the vocabulary and its derivative."] = "auto"
-    dropout: Annotated[Literal["auto", "torch", "triton"], "Dropout on the input of adapters, in fused blocks."] = "auto"
+    dropout: Annotated[Literal["auto", "torch", "triton"], "Dropout on the input of adapters."] = "auto"

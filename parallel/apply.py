@@ -36,10 +36,9 @@ def check(cfg: Sections, axes: dict[str, int], arch: Arch, lora: LoraConfig | No
     offload.check(cfg, axes, lora)
     recompute.check(cfg)
     compile.check(cfg, lora.dropout if lora else 0.0)
-    shared = [f"parallel.{axis}={axes[axis]}" for axis in ("context", "tensor") if axes[axis] > 1]
-    if lora is not None and lora.dropout and shared:
-        # a rank sees a part of a linear's input and would draw another mask than one rank does for the same pack
-        raise ConfigError(f"does not work with {' and '.join(shared)}; use lora.dropout=0", "lora.dropout", lora.dropout)
+    if lora is not None and lora.dropout and axes["context"] > 1:
+        # a rank sees some of a row's slots and would draw another mask than one rank does for the same pack
+        raise ConfigError(f"does not work with parallel.context={axes['context']}; use lora.dropout=0", "lora.dropout", lora.dropout)
 
 
 def parallelize(net: nn.Module, mesh: Mesh, cfg: Sections, compute: torch.dtype) -> list[str]:

@@ -9,7 +9,7 @@ A name pattern selects a module if it matches its full dotted name or any dotted
 (`*` also crosses dots). So these select the same: `q_proj`, `self_attn.q_proj`, `model.layers.*.q_proj`. The head and the
 embeddings are never targets: `train_modules` trains them in full (PEFT's `modules_to_save`).
 
-Dropout draws from torch's default generator; whoever drives training seeds it per micro-batch.
+Dropout (kernels/lora.py) draws a seed for each linear from torch's default generator; whoever drives training seeds that per micro-batch.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.lora import drop
 from model.config import LoraConfig
 from model.linear import Linear, here
 from runtime.errors import ConfigError
@@ -56,12 +57,13 @@ class Lora:
     TP = {"col": {"lora_A": None, "lora_B": 0}, "row": {"lora_A": 1, "lora_B": None}}
 
     def __init__(self, scale: float, dropout: float):
-        self.scale, self.dropout = scale, dropout
+        self.scale, self.dropout, self.impl = scale, dropout, "torch"  # impl: of dropout
 
     def __call__(self, linear: Linear, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out], in the dtype of x."""
         a, b = here(linear.lora_A.weight).to(x.dtype), here(linear.lora_B.weight).to(x.dtype)
-        x = F.dropout(x, self.dropout, linear.training)
+        if linear.training:
+            x = drop(x, self.dropout, 0 if linear.shard is None else linear.shard.first(x.shape[-1]), self.impl)
         return F.linear(self.scale * F.linear(x, a), b)
 
 

@@ -25,7 +25,7 @@ OWNER = "kernels"
 
 
 def install(net: Decoder, cfg: KernelsConfig, device: torch.device | str, dtype: torch.dtype) -> list[str]:
-    """Fills the slots, in a model on meta or a loaded one. Adapters may come before or after. Returns lines for the start-up report.
+    """Fills the slots, in a model on meta or a loaded one, after adapters came. Returns lines for the start-up report.
 
     Raises:
         ConfigError: what the config asks for cannot compute this model on this device in this dtype.
@@ -38,7 +38,9 @@ def install(net: Decoder, cfg: KernelsConfig, device: torch.device | str, dtype:
     net.head_impl = _choose("head", cfg.head, anywhere)
     fused, reason = _fused(net, cfg.blocks)
     for module in net.modules():
-        if isinstance(module, RMSNorm):
+        if isinstance(module, Linear) and isinstance(module.adapter, Lora):
+            module.adapter.impl = ops.dropout
+        elif isinstance(module, RMSNorm):
             module.fill("impl", ops.norm, OWNER)
         elif isinstance(module, Attention):
             module.fill("backend", backend, OWNER)

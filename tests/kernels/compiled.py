@@ -123,6 +123,14 @@ def rms_norm():
 
 
 @case
+def lora():
+    from kernels import lora as op
+
+    op._dropout_triton(half(8, 4096), torch.tensor(1), 0.1, 0)
+    op._dropout_triton(half(8, 8192)[:, :4096], torch.tensor(1), 0.1, 4096)
+
+
+@case
 def glu():
     from kernels import glu as op
 

@@ -23,7 +23,7 @@ from tests.kernels.close import close
 from tests.model.golden import GOLDEN, rows, write_config
 from tests.parallel.watch import Watch
 
-TRITON = KernelsConfig(blocks="fused", norm="triton", rope="triton", glu="triton", dropout="triton")
+TRITON = KernelsConfig(blocks="fused", norm="triton", rope="triton", glu="triton", head="triton", dropout="triton")
 SEPARATE = KernelsConfig(blocks="separate", norm="torch", rope="torch", glu="torch", dropout="torch")
 needs_triton = pytest.mark.skipif(launch.triton is None, reason="triton is not installed")
 
