@@ -236,7 +236,7 @@ def assemble(cfg: RunConfig, arch: Arch, mesh: Mesh) -> tuple[Decoder, list[str]
     report = [] if cfg.lora is None else [apply_lora(net, cfg.lora)]
     report += install(net, cfg.kernels, mesh.device, compute)
     report.append(apply_trainable(net, cfg.lora, compute, masters))
-    report += parallelize(net, mesh, cfg, compute)
+    report += parallelize(net, mesh, cfg, compute, cfg.data.tokens)
     return net, report
 
 

@@ -6,7 +6,7 @@
 
 and besides a number a row for each norm and the [T, r] inside each adapter; queries and keys as they were before norms of heads, where
 there are such. What is cheap is made again in the backward: norms, act(gate) up, dropout masks. Of a Llama-shaped block in bf16 that is
-94.5 KB a token for hidden 4096 and feed-forward 14336, where autograd on the same lines keeps 140 KB; no product is computed twice.
+94.6 KB a token for hidden 4096 and feed-forward 14336, where autograd on the same lines keeps 140 KB; no product is computed twice.
 
 Under tensor parallelism `shard` parts exchange rows (parallel/tensor.py): `leave` after the norm gathers all ranks' rows, `leave` of a
 row-split linear sums and cuts; `back` is the transpose. What was gathered is gathered again in the backward instead of kept.
@@ -26,6 +26,15 @@ from torch.autograd.function import once_differentiable
 
 from kernels import glu, lora, rms_norm, rope
 from kernels.lora import Kind, Needs, Part
+
+# What stands in for gate, and for up: two tensors or None. `none` makes them again in the backward. `8bit` rounds them to a float with 3
+# bits of mantissa, scaled by row, for the backward only: loss and results do not change, gradients do, by some percent of themselves.
+KEEP = {
+    "all": lambda x: (x, None),
+    "none": lambda x: (None, None),
+    "8bit": lambda x: _packed(x),
+}
+LARGEST = 448.0  # of float8_e4m3fn
 
 
 class Shard(Protocol):
@@ -87,14 +96,15 @@ def feed_forward(
     act: str,
     shard: Shard | None,
     only_added: bool,
+    keep: str,
     ops: Ops,
 ) -> tuple[Tensor, Tensor]:
     """h, add: [T, D] -> (h + add, the network's result for its norm).
 
     parts: gate, up, down; shard: of the down projection; only_added: no backward reads the result, so that it need not be computed when
-    the block is recomputed: what it holds then is not defined.
+    the block is recomputed: what it holds then is not defined; keep: one of KEEP.
     """
-    fixed = _Fixed(tuple(kinds), ops, norm.eps, norm.offset, norm.shard, shard, act=act, only_added=only_added)
+    fixed = _Fixed(tuple(kinds), ops, norm.eps, norm.offset, norm.shard, shard, act=act, only_added=only_added, keep=keep)
     return _FeedForward.apply(fixed, h, add, norm.weight, _seeds(h, kinds), *_flat(parts))
 
 
@@ -112,6 +122,7 @@ class _Fixed(NamedTuple):
     head_offset: bool = False
     act: str = ""
     only_added: bool = False
+    keep: str = "all"
 
     def norm(self, h: Tensor, add: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(h + add, the norm of all ranks' rows, r)."""
@@ -140,6 +151,16 @@ def _seeds(x: Tensor, kinds: Sequence[Kind]) -> Tensor | None:
     if not any(kind.dropout for kind in kinds):
         return None
     return lora.seeds(len(kinds), x.device)
+
+
+def _packed(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[T, F] -> ([T, F] float8_e4m3fn, [T, 1] fp32 by which it is to be multiplied)."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-30) / LARGEST
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+def _unpacked(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return x if scale is None else (x.to(scale.dtype) * scale).to(dtype)
 
 
 def _recomputed() -> bool:
@@ -222,22 +243,29 @@ class _FeedForward(torch.autograd.Function):
         middle = glu.forward(gate, up, fixed.act, fixed.ops.glu)
         last = None if seed is None else seed[2:]
         ctx.fixed = fixed
+        gate, up = KEEP[fixed.keep](gate), KEEP[fixed.keep](up)
         if fixed.only_added and _recomputed():
             low_down = lora.inside(middle, [down], fixed.kinds[2:], last, fixed.ops.dropout)
-            ctx.save_for_backward(total, r, gate, up, low, low_down, weight, seed, *flat)
+            ctx.save_for_backward(total, r, *gate, *up, low, low_down, weight, seed, *flat)
             return total, total.detach()  # anything of that shape
         (y,), low_down = lora.linears(middle, [down], fixed.kinds[2:], last, fixed.ops.dropout)
-        ctx.save_for_backward(total, r, gate, up, low, low_down, weight, seed, *flat)
+        ctx.save_for_backward(total, r, *gate, *up, low, low_down, weight, seed, *flat)
         return total, _with_bias(y if fixed.leave is None else fixed.leave.leave(y), down)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, to_sum, grad):
-        total, r, gate, up, low, low_down, weight, seed, *flat = ctx.saved_tensors
+        total, r, gate, gate_scale, up, up_scale, low, low_down, weight, seed, *flat = ctx.saved_tensors
         fixed, (*inner, down), (*needs, need) = ctx.fixed, _parts(flat), _needs(ctx.needs_input_grad[5:])
         needs_norm, drop = ctx.needs_input_grad[3], fixed.ops.dropout
         bias = _bias_grad(grad, down, need)
         g = grad if fixed.leave is None else fixed.leave.back(grad)
+        x = fixed.norm(total, None, weight)[1] if lora.reads_input(needs) or fixed.keep == "none" else None
+        if fixed.keep == "none":
+            made, _ = lora.linears(x, inner, fixed.kinds[:2], seed, drop)
+            gate, up = (_with_bias(y, part) for y, part in zip(made, inner))
+        else:
+            gate, up = _unpacked(gate, gate_scale, grad.dtype), _unpacked(up, up_scale, grad.dtype)
         last, again = None if seed is None else seed[2:], lora.reads_input([need])
         dmiddle, slopes = lora.inputs_gradient([g], [down], fixed.kinds[2:], last, True, drop)
         dgate, dup, middle = glu.backward(dmiddle, gate, up, fixed.act, again, fixed.ops.glu)
@@ -245,7 +273,6 @@ class _FeedForward(torch.autograd.Function):
         del middle, dmiddle, g
         grads = [dgate, dup]
         dx, slopes = lora.inputs_gradient(grads, inner, fixed.kinds[:2], seed, True, drop)
-        x = fixed.norm(total, None, weight)[1] if lora.reads_input(needs) else None
         found = lora.weights_gradients(grads, x, low, slopes, inner, fixed.kinds[:2], needs, seed, drop)
         found = [f._replace(bias=_bias_grad(g, part, n)) for f, g, part, n in zip(found, grads, inner, needs)]
         dh, dw = fixed.norm_backward(dx, to_sum, total, r, weight, needs_norm)

@@ -27,6 +27,7 @@ class FeedForward(Slots):
     Slot `ops`: which implementation computes each operation."""
 
     slots = ("impl", "ops")
+    keep = "all"  # of gate and up, for the backward of a fused network: kernels/regions.py KEEP
     only_added = False  # does nothing but the residual stream read the result? Recomputation may then leave it out
     TP = {"gate_proj": "col", "up_proj": "col", "down_proj": "row"}
 

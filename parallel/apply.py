@@ -41,14 +41,16 @@ def check(cfg: Sections, axes: dict[str, int], arch: Arch, lora: LoraConfig | No
         raise ConfigError(f"does not work with parallel.context={axes['context']}; use lora.dropout=0", "lora.dropout", lora.dropout)
 
 
-def parallelize(net: nn.Module, mesh: Mesh, cfg: Sections, compute: torch.dtype) -> list[str]:
-    """Split rows and matrices, cut what is computed in tiles, then recompute, compile, offload, shard: each takes the forward of a
+def parallelize(net: nn.Module, mesh: Mesh, cfg: Sections, compute: torch.dtype, tokens: int = 0) -> list[str]:
+    """`tokens`: slots of a row, where recomputation goes by them.
+
+    Split rows and matrices, cut what is computed in tiles, then recompute, compile, offload, shard: each takes the forward of a
     block as the one before left it, and FSDP2's hooks surround all of it. Returns lines for the start-up report."""
     blocks = list(net.model.layers)
     report = context.wrap(net, mesh, cfg.parallel.context_method)
     tensor.split(net, mesh.weights["tensor"])
     report += tiling.apply(net, cfg.tiling, mesh.axes["tensor"])
-    report += recompute.apply(blocks, cfg.recompute)
+    report += recompute.apply(net, mesh, cfg.recompute, compute, tokens)
     report += compile.apply(blocks, cfg)
     report += offload.apply(net, blocks, mesh.device, cfg)
     fsdp.shard(net, blocks, mesh, cfg, compute)

@@ -67,9 +67,11 @@ class RecomputeConfig:
     """Activation checkpointing: trade compute for memory (https://arxiv.org/abs/1604.06174)."""
 
     kind: Annotated[
-        Literal["none", "full", "every_n", "selective", "budget"],
+        Literal["none", "mlp", "mlp_8bit", "full", "every_n", "selective", "fit", "budget"],
         "full: a block keeps only its input and is computed again in the backward pass; every_n: so is each `every`-th block; "
-        "selective: but for the results of the operations in `save`; budget: the compiler keeps `budget` of what it would keep.",
+        "selective: but for the results of the operations in `save`; mlp: the two products of the feed-forward network before its gate are "
+        "computed again, which are most of what a block keeps; mlp_8bit: they are kept in 8 bits, rounded; fit: as many blocks as must be "
+        "are computed as mlp, then as full, so that what all keep fits `gib`; budget: the compiler keeps `budget` of what it would keep.",
         "gradient_checkpointing",
         "activation_checkpointing",
     ] = "none"
@@ -81,13 +83,17 @@ class RecomputeConfig:
     budget: Annotated[
         float, "budget: the part of a block's activations that may be kept, from 0 (all recomputed) to 1. Needs [compile]."
     ] = 0.5
+    gib: Annotated[float, "fit: GiB of a rank's memory for what blocks keep; 0: what is left of the GPU."] = 0.0
 
     def __post_init__(self):
+        if self.gib < 0:
+            raise ConfigError("must not be negative", "gib", self.gib)
         if self.every < 1:
             raise ConfigError("must be at least 1", "every", self.every)
         if not 0 <= self.budget <= 1:
             raise ConfigError("must be from 0 to 1", "budget", self.budget)
-        for key, kind, default in (("every", "every_n", 2), ("save", "selective", ("attention",)), ("budget", "budget", 0.5)):
+        of_kinds = (("every", "every_n", 2), ("save", "selective", ("attention",)), ("budget", "budget", 0.5), ("gib", "fit", 0.0))
+        for key, kind, default in of_kinds:
             if self.kind != kind and getattr(self, key) != default:
                 value = getattr(self, key)
                 raise ConfigError(f"is only used by recompute.kind={kind!r}", key, list(value) if key == "save" else value)

@@ -7,6 +7,9 @@ backward needs.
     full       every block
     every_n    blocks 0, n, 2n, ...; the others keep everything
     selective  every block, but results of the operators in `save` are kept, so these do not run twice
+    mlp        no block as a whole, but in each the products before the gate (kernels/regions.py)
+    mlp_8bit   nothing, but the results of those are kept in 8 bits: the one kind that changes gradients
+    fit        as few blocks as possible like mlp, then like full (parallel/fit.py)
     budget     not here: the compiler's partitioner decides what to keep (parallel/compile.py)
 
 `save` names operators (`aten.mm`, `salamander.varlen`; with an overload, `aten.mm.default`, that one alone) or a group:
@@ -15,7 +18,7 @@ backward needs.
     matmul       matrix products: most of the rest of the work, and most of the bytes
     collectives  exchanges between ranks: a second one costs time on the network
 
-Gradients are those without recomputation, bit for bit.
+Gradients are those without recomputation, bit for bit, but for mlp_8bit.
 """
 
 from __future__ import annotations
@@ -29,8 +32,12 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from kernels.attention import attention_ops
+from model.linear import Linear
+from model.transforms.ops import feed_forward
+from parallel import fit
 from parallel.config import RecomputeConfig, Sections
 from parallel.context import RING
+from parallel.mesh import Mesh
 from runtime.errors import ConfigError
 
 # by name, since some exist only in some versions of torch
@@ -42,6 +49,7 @@ COLLECTIVES = (
     "_c10d_functional.all_reduce",
     "_c10d_functional.wait_tensor",
 )
+SAID = {"all": "everything", "mlp": "all but gate and up", "full": "their input"}
 GROUPS = {  # the ring is attention and its exchange in one
     "attention": lambda: {*attention_ops(), RING},
     "matmul": lambda: _existing(MATMUL),
@@ -60,6 +68,8 @@ def check(cfg: Sections) -> None:
         operators(save)
         if cfg.tiling.mlp and "matmul" in save:
             raise ConfigError("keeps what tiling.mlp is not to keep; leave matmul out, or use tiling.mlp=0", "recompute.save", list(save))
+    if cfg.tiling.mlp and kind in ("mlp", "mlp_8bit", "fit"):
+        raise ConfigError("chooses what the feed-forward network keeps, as tiling.mlp does; use one of them", "recompute.kind", kind)
     if kind == "budget" and (cfg.compile is None or cfg.compile.backend == "eager"):
         # aot_eager and inductor cut the graph of a block in a forward and a backward part; eager does not
         here = "" if cfg.compile is None else ", not compile.backend='eager'"
@@ -68,10 +78,23 @@ def check(cfg: Sections) -> None:
         )
 
 
-def apply(blocks: list[nn.Module], cfg: RecomputeConfig) -> list[str]:
-    """Puts recomputation around the forward of the blocks that `cfg` chooses. Returns lines for the start-up report."""
+def apply(net: nn.Module, mesh: Mesh, cfg: RecomputeConfig, compute: torch.dtype, tokens: int) -> list[str]:
+    """Puts recomputation around the forward of the blocks that `cfg` chooses. Returns lines for the start-up report.
+
+    Raises:
+        ConfigError: blocks are not fused, as some kinds need; or nothing makes a row of so many `tokens` fit.
+    """
+    blocks = list(net.model.layers)
     if cfg.kind in ("none", "budget"):
         return []
+    if cfg.kind in ("mlp", "mlp_8bit", "fit") and any(block.mlp.impl is not feed_forward for block in blocks):
+        raise ConfigError("needs fused blocks; use kernels.blocks='auto', or recompute.kind='full'", "recompute.kind", cfg.kind)
+    if cfg.kind == "fit":
+        return [_fit(net, mesh, cfg, compute, tokens)]
+    if cfg.kind in ("mlp", "mlp_8bit"):
+        for block in blocks:
+            block.mlp.keep = {"mlp": "none", "mlp_8bit": "8bit"}[cfg.kind]
+        return [f"recompute: {cfg.kind}, in {len(blocks)} blocks"]
     again = partial(checkpoint, use_reentrant=False)
     what = cfg.kind
     if cfg.kind == "selective":
@@ -82,6 +105,24 @@ def apply(blocks: list[nn.Module], cfg: RecomputeConfig) -> list[str]:
     for block in chosen:
         block.forward = partial(again, block.forward)
     return [f"recompute: {what}, in {len(chosen)} of {len(blocks)} blocks"]
+
+
+def _fit(net: nn.Module, mesh: Mesh, cfg: RecomputeConfig, compute: torch.dtype, tokens: int) -> str:
+    blocks, slots = list(net.model.layers), -(-tokens // mesh.axes["context"])
+    low = max(sum(m.lora_A.weight.shape[0] for m in b.modules() if isinstance(m, Linear) and m.adapter is not None) for b in blocks)
+    bytes_of = {way: fit.kept(net.arch, way, compute, mesh.axes["tensor"], low) for way in fit.WAYS}
+    if cfg.gib == 0 and mesh.device.type != "cuda":
+        raise ConfigError("is needed on a CPU: GiB for what blocks keep", "recompute.gib", cfg.gib)
+    memory = int(cfg.gib * fit.GIB) or fit.room(net, mesh, slots * bytes_of["all"], compute)
+    ways = fit.choose(slots, len(blocks), bytes_of, memory)
+    for block, way in zip(blocks, ways):
+        if way == "mlp":
+            block.mlp.keep = "none"
+        elif way == "full":
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    counts = ", ".join(f"{ways.count(way)} keep {what}" for way, what in SAID.items() if way in ways)
+    total = slots * sum(bytes_of[way] for way in ways) / fit.GIB
+    return f"recompute: fit, of {len(blocks)} blocks {counts}: {total:.2f} of {memory / fit.GIB:.2f} GiB"
 
 
 def operators(save: tuple[str, ...]) -> frozenset[OpOverload]:

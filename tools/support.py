@@ -50,6 +50,7 @@ FEATURES = (
     Feature("reshard after backward (ZeRO-2)", {"parallel.reshard": "backward"}),
     Feature("reshard to a number of ranks", {"parallel.shard": 4, "parallel.reshard": 2}),
     Feature("recompute, full", {"recompute.kind": "full"}),
+    Feature("recompute, mlp", {"recompute.kind": "mlp"}),
     Feature("recompute, every_n", {"recompute.kind": "every_n"}),
     Feature("recompute, selective", {"recompute.kind": "selective"}),
     Feature("recompute, budget", {"recompute.kind": "budget", "compile.backend": "inductor"}),

@@ -124,4 +124,4 @@ def project(attn: Attention, out: Tensor) -> Tensor:
 def feed_forward(ffn: FeedForward, h: Tensor, add: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
     """Fills `FeedForward.impl`."""
     some = parts(ffn.gate_proj, ffn.up_proj, ffn.down_proj)
-    return regions.feed_forward(h, add, _norm(norm), *some, ffn.act, ffn.down_proj.shard, ffn.only_added, ffn.ops)
+    return regions.feed_forward(h, add, _norm(norm), *some, ffn.act, ffn.down_proj.shard, ffn.only_added, ffn.keep, ffn.ops)

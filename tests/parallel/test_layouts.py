@@ -104,7 +104,7 @@ def model(
     if mesh is not None:
         again = RecomputeConfig(kind=recompute) if isinstance(recompute, str) else recompute
         sections = {"parallel": ParallelConfig(context_method=context_method), "recompute": again} | sections
-        parallelize(net, mesh, Sections(**sections), compute)
+        parallelize(net, mesh, Sections(**sections), compute, 192)
     net.to_empty(device="cpu")
     net.reset_buffers("cpu")
     initialize(net, 0)
@@ -252,8 +252,8 @@ def test_dropout_depends_on_the_pack_not_on_the_layout(folder):
     other = model(folder, None, True, "none", dropout=0.3)
     backward(other, rows(96, 4), 100, seed=8)
     assert max(error(g, want[n]) for n, g in grads(other).items()) > 0.1  # the masks matter
-    for world, recompute, tensor in ((2, "full", 1), (4, "none", 1), (2, "full", 2), (4, "none", 2)):
-        assert max(run(dropout_grads, world, folder, recompute, tensor, want)) < 2e-6
+    for world, recompute, split_over in ((2, "full", 1), (4, "none", 1), (2, "full", 2), (4, "none", 2)):
+        assert max(run(dropout_grads, world, folder, recompute, split_over, want)) < 2e-6
 
 
 def embedding_error(rank, world, folder, exact):

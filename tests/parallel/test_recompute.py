@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,14 +15,16 @@ from kernels.attention import attention_ops
 from model.arch import Arch
 from model.config import LoraConfig
 from model.decoder import Decoder
+from model.ffn import separate
 from objective import lm
-from parallel import recompute
+from parallel import fit, recompute
 from parallel.apply import check
 from parallel.config import CompileConfig, ParallelConfig, RecomputeConfig, TilingConfig
 from parallel.context import RING, split
 from parallel.local import run
 from parallel.mesh import AXES, Mesh, sizes
 from runtime.errors import ConfigError
+from tests.model.golden import write_config
 from tests.parallel.test_layouts import VOCAB, backward, grads, model, rows
 from tests.parallel.watch import Watch
 from tests.tiny import LLAMA, Sections
@@ -30,12 +33,16 @@ MODES = {
     "full": RecomputeConfig("full"),
     "every_n": RecomputeConfig("every_n"),
     "attention": RecomputeConfig("selective"),
+    "mlp": RecomputeConfig("mlp"),
+    "fit": RecomputeConfig("fit", gib=192 * 1600 / 2**30),  # everything is 3528 bytes a slot in three blocks of a rank by itself
     "operators": RecomputeConfig("selective", save=("matmul", "collectives", "aten.mul.Tensor", "salamander.varlen")),
 }
 LAYOUTS = [((1, 1, 1, 1), "auto"), ((1, 2, 1, 1), "auto"), ((1, 1, 1, 2), "auto")]
 LAYOUTS += [((1, 1, 2, 1), "allgather"), ((1, 1, 2, 1), "ulysses"), ((1, 1, 2, 1), "ring")]
 VARLEN, MM = torch.ops.salamander.varlen.default, torch.ops.aten.mm.default
 LAYERS, TOKENS = 3, 320
+
+ALONE = SimpleNamespace(axes={"replicate": 1, "shard": 1, "context": 1, "tensor": 1}, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +88,7 @@ def test_gradients_are_those_without_recomputation(folder, axes, method):
 def watched(folder: Path, cfg: RecomputeConfig) -> tuple[int, int, Watch]:
     """Bytes that autograd keeps, bytes that live after the forward pass, and what ran in both passes."""
     net, row, kept = model(folder, None, False, "none"), rows(TOKENS, 1)[0], {}
-    recompute.apply(list(net.model.layers), cfg)
+    recompute.apply(net, ALONE, cfg, torch.float32, TOKENS)
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         kept[t.untyped_storage()._cdata] = (t.untyped_storage().nbytes(), t)
@@ -117,6 +124,73 @@ def test_what_is_kept_does_not_run_again(seen):
     products = 7 * LAYERS  # the last of a block is not needed again
     assert ran["full"][MM] - ran["none"][MM] == ran["attention"][MM] - ran["none"][MM] == products - LAYERS
     assert ran["operators"][MM] == ran["none"][MM]
+
+
+# -- what fits -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama-tied-linear", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+def test_what_blocks_keep_is_known_to_the_byte(tmp_path, name, lora):
+    path = write_config(tmp_path, name)
+    found = {}
+    for way, kind in (("all", "none"), ("mlp", "mlp"), ("full", "full")):
+        found[way] = []
+        for layers in (2, 3) if name == "gemma3_text" else (1, 2):  # both tables of angles are there then
+            net, row, kept = model(path, None, lora, "none"), rows(TOKENS, 1)[0], {}
+            del net.model.layers[layers:]
+            recompute.apply(net, ALONE, RecomputeConfig(kind), torch.float32, TOKENS)
+
+            def pack(t: torch.Tensor, kept=kept) -> torch.Tensor:
+                kept[t.untyped_storage()._cdata] = t
+                return t
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                loss = lm.loss(net, row, 100)
+            own = {p.untyped_storage()._cdata for p in net.parameters()}
+            found[way].append(sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own))
+            assert loss > 0
+    low = 7 * 4 if lora else 0
+    for way, (one, two) in found.items():
+        assert two - one == TOKENS * fit.kept(net.arch, way, torch.float32, 1, low if way != "full" else 0), way
+
+
+def test_memory_is_taken_from_the_cheapest_place_first():
+    bytes_of = {"all": 10, "mlp": 4, "full": 1}
+    for memory, want in (
+        (40, "all " * 4),
+        (39, "mlp all all all"),
+        (22, "mlp mlp mlp all"),
+        (16, "mlp " * 4),
+        (15, "full mlp mlp mlp"),
+        (4, "full " * 4),
+    ):
+        assert fit.choose(1, 4, bytes_of, memory) == want.split()
+    with pytest.raises(ConfigError, match=r"^recompute.kind='fit' does not fit: the inputs of 4 blocks alone take 0.0 GiB"):
+        fit.choose(1, 4, bytes_of, 3)
+
+
+def test_eight_bits_change_gradients_by_some_percent_and_no_loss(folder):
+    micro, nets = rows(192, 2), [model(folder, None, True, kind) for kind in ("none", "none")]
+    recompute.apply(nets[1], ALONE, RecomputeConfig("mlp_8bit"), torch.float32, 192)
+    losses = [backward(net, micro, 100, seed=7) for net in nets]
+    assert losses[0] == losses[1]
+    want = grads(nets[0])
+    off = max(((g - want[n]).norm() / want[n].norm()).item() for n, g in grads(nets[1]).items())
+    assert 1e-3 < off < 0.06
+
+
+@pytest.mark.parametrize("kind", ["mlp", "mlp_8bit", "fit"])
+def test_kinds_that_need_fused_blocks_say_so(folder, kind):
+    net = model(folder, None, False, "none")
+    net.model.layers[1].mlp.impl = separate
+    with pytest.raises(
+        ConfigError, match=rf"recompute.kind='{kind}' needs fused blocks; use kernels.blocks='auto', or recompute.kind='full'"
+    ):
+        recompute.apply(net, ALONE, RecomputeConfig(kind, gib=float(kind == "fit")), torch.float32, TOKENS)
+    net = model(folder, None, False, "none")
+    with pytest.raises(ConfigError, match=r"recompute.gib=0.0 is needed on a CPU"):
+        recompute.apply(net, ALONE, RecomputeConfig("fit"), torch.float32, TOKENS)
 
 
 # -- names -----------------------------------------------------------------------------------------------------------------
@@ -174,10 +248,13 @@ def test_what_works_is_not_refused(folder):
 
 def test_the_report_says_what_is_recomputed(folder):
     net = model(folder, None, False, "none")
-    blocks = list(net.model.layers)
-    assert recompute.apply(blocks, RecomputeConfig()) == []
-    assert recompute.apply(blocks, MODES["every_n"]) == ["recompute: every_n, in 2 of 3 blocks"]
-    (line,) = recompute.apply(blocks, MODES["attention"])
+    rest = (torch.float32, TOKENS)
+    assert recompute.apply(net, ALONE, RecomputeConfig(), *rest) == []
+    assert recompute.apply(net, ALONE, MODES["mlp"], *rest) == ["recompute: mlp, in 3 blocks"]
+    (line,) = recompute.apply(net, ALONE, RecomputeConfig("fit", gib=TOKENS * 1600 / 2**30), *rest)
+    assert line == "recompute: fit, of 3 blocks 2 keep all but gate and up, 1 keep their input: 0.00 of 0.00 GiB"
+    assert recompute.apply(net, ALONE, MODES["every_n"], *rest) == ["recompute: every_n, in 2 of 3 blocks"]
+    (line,) = recompute.apply(net, ALONE, MODES["attention"], *rest)
     assert line.startswith("recompute: selective, keeps attention (")
     assert line.endswith(" operators), in 3 of 3 blocks")
     assert net.state_dict().keys() == model(folder, None, False, "none").state_dict().keys()
