@@ -112,7 +112,7 @@ def _fit(net: nn.Module, mesh: Mesh, cfg: RecomputeConfig, compute: torch.dtype,
     low = max(sum(m.lora_A.weight.shape[0] for m in b.modules() if isinstance(m, Linear) and m.adapter is not None) for b in blocks)
     bytes_of = {way: fit.kept(net.arch, way, compute, mesh.axes["tensor"], low) for way in fit.WAYS}
     if cfg.gib == 0 and mesh.device.type != "cuda":
-        raise ConfigError("is needed on a CPU: GiB for what blocks keep", "recompute.gib", cfg.gib)
+        raise ConfigError("is needed by recompute.kind='fit' on a CPU: GiB for what blocks keep", "recompute.gib", cfg.gib)
     memory = int(cfg.gib * fit.GIB) or fit.room(net, mesh, slots * bytes_of["all"], compute)
     ways = fit.choose(slots, len(blocks), bytes_of, memory)
     for block, way in zip(blocks, ways):

@@ -7,12 +7,16 @@ import math
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from model import build
+from model.transforms.ops import install
 from objective import lm
+from parallel import recompute
 from parallel.apply import check
 from parallel.local import apart
 from parallel.mesh import Mesh, sizes
@@ -94,6 +98,11 @@ REFUSED = [  # keys; ranks; facts of the model
     (["--recompute.kind=selective", '--recompute.save=["atention"]'], 1, {}),
     (["--recompute.kind=selective", '--recompute.save=["matmul"]', "--tiling.mlp=64"], 1, {}),
     (["--recompute.kind=budget"], 1, {}),
+    (["--recompute.gib=-1"], 1, {}),
+    (["--recompute.kind=mlp", "--tiling.mlp=64"], 1, {}),
+    (["--recompute.kind=fit"], 1, {}),
+    (["--recompute.kind=fit", "--recompute.gib=1e-9"], 1, {}),
+    (["--recompute.kind=mlp", "--kernels.blocks=separate"], 1, {}),
     (["--lora.dropout=0.1", "--recompute.kind=full", "--compile.backend=eager"], 1, {}),
     (["--offload.folder=x"], 1, {}),
     (["--offload.parameters=true", "--offload.optimizer=true"], 1, {}),
@@ -112,7 +121,11 @@ REFUSED = [  # keys; ranks; facts of the model
 def refused(words: list[str], ranks: int, facts: dict) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
         cfg = load(RunConfig, support.BASE, words)
-        check(cfg, sizes(cfg.parallel, ranks), replace(support.arch({}), **facts), cfg.lora)
+        axes, arch = sizes(cfg.parallel, ranks), replace(support.arch({}), **facts)
+        check(cfg, axes, arch, cfg.lora)
+        net = build(arch)  # some are only known once slots are filled
+        install(net, cfg.kernels, "cpu", torch.float32)
+        recompute.apply(net, SimpleNamespace(axes=axes, device=torch.device("cpu")), cfg.recompute, torch.float32, cfg.data.tokens)
     return caught.value
 
 

@@ -244,7 +244,17 @@ def recomputed(cfg: RunConfig, kind: str) -> RecomputeConfig:
 
 def as_planned(cfg: RunConfig) -> RunConfig:
     """Without what fake tensors cannot go through: compiled blocks run as they are, and what would go to disk goes to host memory,
-    which for the device is the same."""
+    which for the device is the same.
+
+    Raises:
+        ConfigError: what is kept depends on a GPU that is not here.
+    """
+    if cfg.recompute.kind == "fit":
+        raise ConfigError(
+            "is chosen from the memory that a GPU has left; plan with 'none', 'mlp' and 'full', among which it chooses",
+            "recompute.kind",
+            "fit",
+        )
     kind = "none" if cfg.recompute.kind == "budget" else cfg.recompute.kind
     activations = "cpu" if cfg.offload.activations == "disk" else cfg.offload.activations
     offload = replace(cfg.offload, activations=activations, folder="")
@@ -283,7 +293,7 @@ def cost(cfg: RunConfig, arch: Arch, world: int, gpu: Gpu) -> float:
     hidden, kv = arch.hidden_size, arch.num_key_value_heads * arch.head_dim
     block = 2 * hidden * (arch.num_attention_heads * arch.head_dim + kv) + 3 * hidden * arch.intermediate_size
     weights = arch.num_hidden_layers * block + 2 * arch.vocab_size * hidden
-    passes = (3 if cfg.lora is None else 2) + {"none": 0, "full": 1, "selective": 0.9}[cfg.recompute.kind]
+    passes = (3 if cfg.lora is None else 2) + {"none": 0, "mlp": 0.5, "full": 1, "selective": 0.9}[cfg.recompute.kind]
     length = min(cfg.data.longest, cfg.data.tokens)
     attention = arch.num_hidden_layers * arch.num_attention_heads * arch.head_dim * length
     products = passes * 2 * (weights + attention) / (0.5 * gpu.flops)  # per token
@@ -319,7 +329,7 @@ def candidates(cfg: RunConfig, arch: Arch, world: int, gpu: Gpu) -> list[tuple[f
                     continue
                 shard = world // (tensor * context * replicate)
                 layout = replace(cfg.parallel, tensor=tensor, context=context, replicate=replicate, shard=shard, context_method="auto")
-                for kind in ("none", "selective", "full"):
+                for kind in ("none", "mlp", "selective", "full"):
                     one = replace(cfg, parallel=layout, recompute=recomputed(cfg, kind))
                     try:
                         check(one, sizes(layout, world), arch, cfg.lora)
@@ -370,7 +380,7 @@ def advice(cfg: RunConfig, arch: Arch, world: int) -> str:
             check(changed, sizes(changed.parallel, world), arch, changed.lora)
             ways.append(text)
 
-    for kind in {"none": ("selective", "full"), "full": ()}.get(now, ("full",)):
+    for kind in {"none": ("mlp", "selective", "full"), "mlp": ("selective", "full"), "full": ()}.get(now, ("full",)):
         way(f'recompute.kind = "{kind}"', recompute=recomputed(cfg, kind))
     if cfg.data.tokens >= 16384 and not cfg.tiling.mlp:
         way("tiling.mlp = 2048", tiling=replace(cfg.tiling, mlp=2048))

@@ -189,7 +189,7 @@ def test_kinds_that_need_fused_blocks_say_so(folder, kind):
     ):
         recompute.apply(net, ALONE, RecomputeConfig(kind, gib=float(kind == "fit")), torch.float32, TOKENS)
     net = model(folder, None, False, "none")
-    with pytest.raises(ConfigError, match=r"recompute.gib=0.0 is needed on a CPU"):
+    with pytest.raises(ConfigError, match=r"recompute.gib=0.0 is needed by recompute.kind=.fit. on a CPU"):
         recompute.apply(net, ALONE, RecomputeConfig("fit"), torch.float32, TOKENS)
 
 
