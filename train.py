@@ -140,6 +140,7 @@ DRIFT = (
     ("identity.data", "allow"),
     ("objective.*", "allow"),
     ("optim.kind", "forbidden"),
+    ("optim.impl", "free"),
     ("optim.*", "allow"),
     ("schedule.*", "allow"),
     ("precision.masters", "forbidden"),
@@ -332,7 +333,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
     from objective import lm
     from objective.evaluate import EarlyStop, evaluate
     from optim.adamw import build as build_optimizer
-    from optim.adamw import set_lr, state_tensors
+    from optim.adamw import choose, set_lr, state_tensors
     from optim.clip import clip
     from optim.schedule import factor
     from parallel import offload
@@ -384,6 +385,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         sources = {"folder": inputs.folder if cfg.model.init == "pretrained" else None, "adapter": cfg.lora and cfg.lora.adapter}
         launch.together("weights", lambda: materialize(net, device, cfg.train.seed, **sources))
         trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        _, chosen = launch.together("optimizer", lambda: choose(trained.values(), cfg.optim))
         opt = offload.optimizer(partial(build_optimizer, trained.items(), cfg.optim), cfg.offload, device)
         kept = {f"model.{name}": p for name, p in trained.items()}
         kept |= {f"optim.{name}": t for name, t in state_tensors(opt, trained.items()).items()}
@@ -393,7 +395,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         if launch.rank == 0:
             (out / "resolved.toml").write_text(resolved, encoding="utf-8")
             (out / "result.json").unlink(missing_ok=True)  # an export that lies there is of an earlier run
-        for line in (mesh.describe(), *report, inputs.documents.report(), stream.report(), stream.preview(inputs.tokenizer)):
+        for line in (mesh.describe(), *report, chosen, inputs.documents.report(), stream.report(), stream.preview(inputs.tokenizer)):
             log(line)
         reporter, meters = Reporter(cfg, log, launch.rank, state["step"], total), Meters(mesh, **state["meters"])
         stack.callback(reporter.close)
@@ -418,7 +420,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
                 loss.backward()
                 meters.loss += loss.detach() * units
             set_lr(opt, lr := cfg.optim.lr * factor(cfg.schedule, step, total))
-            norm = clip(trained.values(), cfg.optim.max_norm).item()  # the step's one wait for the device
+            norm = clip(trained.values(), cfg.optim.max_norm, opt).item()  # the step's one wait for the device
             if not math.isfinite(norm):
                 raise FloatingPointError(f"step {step}: the gradient's norm is {norm}; the weights are still those of step {step - 1}")
             opt.step()

@@ -235,7 +235,7 @@ class Side:
             total += loss.detach()
         if ledger is not None and self.cfg.offload.parameters:
             ledger.tag("host", [p.grad for p in self.trained.values()])
-        norm = clip(self.trained.values(), self.cfg.optim.max_norm)
+        norm = clip(self.trained.values(), self.cfg.optim.max_norm, self.opt)
         self.opt.step()
         self.opt.zero_grad(set_to_none=True)
         return self.mesh.sum_over_data(total).item(), norm.item()

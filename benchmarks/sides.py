@@ -344,7 +344,7 @@ class Ours(Side):
             loss = self.loss(i)
             loss.backward()
             total += loss.detach()
-        clip(self.trained().values(), self.cfg.optim.max_norm).item()
+        clip(self.trained().values(), self.cfg.optim.max_norm, self.opt).item()
         self.opt.step()
         self.clear()
         return total.item()

@@ -10,8 +10,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-def clip(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip(parameters: Iterable[Tensor], max_norm: float, optimizer: torch.optim.Optimizer | None = None) -> Tensor:
     """Scales all gradients by min(1, max_norm / norm); max_norm = 0 only measures.
+
+    An optimizer whose groups have a `grad_scale` is handed the factor there and uses it as it reads the gradients, which then stay as
+    they are until its step.
 
     A gradient that is still a partial sum (of a parameter that tensor-parallel ranks replicate) is summed first, in place
     of the partial one: a collective.
@@ -35,6 +38,10 @@ def clip(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     total = torch.linalg.vector_norm(torch.stack(norms))
     if max_norm > 0:
         scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        if optimizer is not None and all("grad_scale" in group for group in optimizer.param_groups):
+            for group in optimizer.param_groups:
+                group["grad_scale"] = scale
+            return total
         local = [g.to_local() if isinstance(g, DTensor) else g for grads in groups.values() for g in grads]
         torch._foreach_mul_(local, scale)
     return total

@@ -21,6 +21,11 @@ class AdamWConfig:
     max_norm: Annotated[
         float, "Gradients are scaled down to this global L2 norm; 0 turns clipping off.", "max_grad_norm", "gradient_clipping"
     ] = 1.0
+    impl: Annotated[
+        Literal["auto", "torch", "triton"],
+        "torch: its fused AdamW; triton: one launch for all that trains, which clips on the way (CUDA); auto: triton where it can be and "
+        "fewer than 2^28 parameters train, else torch.",
+    ] = "auto"
 
     def __post_init__(self):
         for key in ("lr", "eps", "weight_decay", "max_norm"):

@@ -159,7 +159,7 @@ def measured_step(cfg: RunConfig, net: Decoder, mesh: Mesh) -> Profile:
             ledger.tag("host" if there else "gradients", [p.grad for p in trained.values() if p.grad is not None])
             traffic.append(dict(ledger.traffic))
             del loss
-        clip(trained.values(), cfg.optim.max_norm)
+        clip(trained.values(), cfg.optim.max_norm, opt)
         ledger.mark("clipping")
         set_lr(opt, cfg.optim.lr)
         opt.step()
@@ -243,8 +243,8 @@ def recomputed(cfg: RunConfig, kind: str) -> RecomputeConfig:
 
 
 def as_planned(cfg: RunConfig) -> RunConfig:
-    """Without what fake tensors cannot go through: compiled blocks run as they are, and what would go to disk goes to host memory,
-    which for the device is the same.
+    """Without what fake tensors cannot go through: compiled blocks and torch's optimizer run, and what would go to disk goes to host
+    memory, which for the device is the same.
 
     Raises:
         ConfigError: what is kept depends on a GPU that is not here.
@@ -258,7 +258,8 @@ def as_planned(cfg: RunConfig) -> RunConfig:
     kind = "none" if cfg.recompute.kind == "budget" else cfg.recompute.kind
     activations = "cpu" if cfg.offload.activations == "disk" else cfg.offload.activations
     offload = replace(cfg.offload, activations=activations, folder="")
-    return replace(cfg, compile=None, recompute=recomputed(cfg, kind), offload=offload)
+    optim = replace(cfg.optim, impl="torch")
+    return replace(cfg, compile=None, recompute=recomputed(cfg, kind), offload=offload, optim=optim)
 
 
 def plan(cfg: RunConfig, arch: Arch, mesh: Mesh, layers: int | None = None) -> Plan:

@@ -165,6 +165,16 @@ def linear_logprob():
         op._slope_triton(z, label, row, row, softcap, 0.1, 1e-4, columns, torch.bfloat16)
 
 
+@case
+def adamw():
+    from kernels import adamw as op
+
+    update, scale = op.Update(1e-4, 0.9, 0.999, 1e-8, 3), torch.ones(())
+    for dtype, size, factor in ((torch.float32, 65536, scale), (torch.float32, 65537, None), (torch.bfloat16, 65536, scale)):
+        tensors = [[torch.zeros(size, dtype=dtype), torch.zeros(64, dtype=dtype)] for _ in range(4)]
+        op.adamw(*tensors, [0.1, 0.0], factor, update)
+
+
 def main(names: list[str]) -> int:
     for name in names or CASES:
         with compiling() as found:

@@ -69,6 +69,7 @@ class Case:
     compute: torch.dtype = torch.float32
     everywhere: bool = True
     blocks: str = "auto"
+    impl: str = "torch"
 
 
 def keeper_of(net: nn.Module) -> Keeper:
@@ -109,14 +110,15 @@ def train(folder: Path, case: Case) -> tuple[list[float], dict[str, Tensor], nn.
     if case.everywhere and case.offload.activations != "none":
         keeper_of(net).smallest = 1
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    opt = offload.optimizer(partial(build_optimizer, trained.items(), AdamWConfig(lr=1e-2, weight_decay=0.1)), case.offload, CPU)
+    adamw = AdamWConfig(lr=1e-2, weight_decay=0.1, impl=case.impl)
+    opt = offload.optimizer(partial(build_optimizer, trained.items(), adamw), case.offload, CPU)
     if isinstance(opt, Visiting):
         opt.buckets = [b for group in opt.param_groups for b in offload._buckets(group, 5000)]
         assert len(opt.buckets) > 3
     micro, numbers = rows_of(mesh, case.accumulate), []
     for step in range(case.steps):
         numbers.append(backward(net, micro, 100, step, ParallelConfig(**dict(case.axes))))
-        numbers.append(clip(trained.values(), 1.0).item())
+        numbers.append(clip(trained.values(), 1.0, opt).item())
         set_lr(opt, 1e-2 / (step + 1))
         opt.step()
         opt.zero_grad(set_to_none=True)
@@ -458,7 +460,11 @@ def test_parameters_are_materialized_on_the_host(folder):
 OPTIMIZER = OffloadConfig(optimizer=True)
 
 
-@pytest.mark.parametrize("case", [Case(OPTIMIZER, (("shard", 2),)), Case(OPTIMIZER, lora=True)], ids=["shard", "lora"])
+@pytest.mark.parametrize(
+    "case",
+    [Case(OPTIMIZER, (("shard", 2),)), Case(OPTIMIZER, lora=True), Case(OPTIMIZER, (("shard", 2),), lora=True, impl="triton")],
+    ids=["shard", "lora", "triton"],
+)
 def test_optimizer_state_visits_and_updates_alike(folder, case):
     same(folder, case)
 

@@ -211,6 +211,24 @@ def test_a_record_after_a_resume_covers_the_steps_before_it(make):
     assert [r[2] for r in found] == pytest.approx([r[2] for r in want], rel=1e-12)
 
 
+def test_the_optimizer_of_one_launch_resumes(make):
+    """To the bit; and torch's takes over from it, without being asked whether it may."""
+    pytest.importorskip("triton")
+    toml = (
+        "[train]\nsteps = 4\n[lora]\nrank = 2\n[optim]\nimpl = 'triton'\nweight_decay = 0.1\nmax_norm = 0.1\n"
+        "[schedule]\nkind = 'constant'\n[log]\nevery = 1\n"
+    )
+    (argv, whole), (again, parts) = make(toml, "whole"), make(toml, "parts")
+    assert "optimizer: AdamW, triton" in ok(argv, 2, whole)
+    ok([*again, "--train.steps=2"], 2, parts)
+    ok(again, 2, parts)
+    want, found = ([(r["loss"], r["grad_norm"]) for r in read(out / "metrics.jsonl")] for out in (whole, parts))
+    assert len(want) == 4 and found == want and weights(parts) == weights(whole)
+    assert min(norm for _, norm in want) > 0.1, "it does not clip"
+    assert "optimizer: AdamW, torch" in ok([*again, "--train.steps=5", "--optim.impl=torch"], 2, parts)
+    assert weights(parts) != weights(whole) and len(read(parts / "metrics.jsonl")) == 5
+
+
 def test_an_early_stopped_run_goes_on_with_more_patience_and_a_finished_one_merges_on_request(make):
     argv, out = make("[train]\nsteps = 12\n[optim]\nlr = 0.0\n[lora]\nrank = 2\n[eval]\nevery = 2\nsplit = 6\npatience = 2\n")
     ok(argv, 1, out)
