@@ -43,7 +43,7 @@ class Update(NamedTuple):
     def factors(self) -> tuple[float, float, float, float, float, float, float]:
         """lr, 1 - beta1, beta2, 1 - beta2, eps, and the two that correct the moments' bias; from fp64."""
         rate, root = self.lr / (1 - self.beta1**self.step), math.sqrt(1 - self.beta2**self.step)
-        return float(self.lr), 1 - self.beta1, self.beta2, 1 - self.beta2, self.eps, rate, 1 / root
+        return float(self.lr), 1 - self.beta1, self.beta2, 1 - self.beta2, float(self.eps), rate, 1 / root
 
 
 def adamw(
