@@ -247,10 +247,11 @@ class _FeedForward(torch.autograd.Function):
         if fixed.only_added and _recomputed():
             low_down = lora.inside(middle, [down], fixed.kinds[2:], last, fixed.ops.dropout)
             ctx.save_for_backward(total, r, *gate, *up, low, low_down, weight, seed, *flat)
-            return total, total.detach()  # anything of that shape
+            return total.view(total.shape), total.detach()  # the latter is anything of that shape
         (y,), low_down = lora.linears(middle, [down], fixed.kinds[2:], last, fixed.ops.dropout)
         ctx.save_for_backward(total, r, *gate, *up, low, low_down, weight, seed, *flat)
-        return total, _with_bias(y if fixed.leave is None else fixed.leave.leave(y), down)
+        # a view: of a result that is also kept torch 2.11 compiles without the gradient
+        return total.view(total.shape), _with_bias(y if fixed.leave is None else fixed.leave.leave(y), down)
 
     @staticmethod
     @once_differentiable

@@ -213,7 +213,7 @@ class _AddRmsNorm(torch.autograd.Function):
         total, y, r = forward(x, add, weight, eps, offset, impl)
         ctx.save_for_backward(total, weight, r)
         ctx.offset, ctx.impl = offset, impl
-        return total, y
+        return total.view(total.shape), y  # what is kept is not what is returned: of such a result torch 2.11 compiles without the gradient
 
     @staticmethod
     @once_differentiable
