@@ -88,6 +88,13 @@ class DataError(UserError):
         super().__init__(f"{where}{message}")
 
 
+class StepError(UserError):
+    """Training cannot go on: steps are not finite, or nothing is learned (runtime/guard.py). Nothing of it is a mistake in the config
+    for sure, so it is a failure of the run (exit code 1); but a traceback would say nothing."""
+
+    exit_code = 1
+
+
 class ModelError(UserError):
     """A model folder, adapter or checkpoint is wrong or does not fit. `path` names the file."""
 
