@@ -406,7 +406,8 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         if launch.rank == 0:
             (out / "resolved.toml").write_text(resolved, encoding="utf-8")
             (out / "result.json").unlink(missing_ok=True)  # an export that lies there is of an earlier run
-        for line in (mesh.describe(), *report, inputs.documents.report(), stream.report(), stream.preview(inputs.tokenizer)):
+        kept_back = ["held out: " + inputs.held_out.report()] if inputs.held_out else []
+        for line in (mesh.describe(), *report, inputs.documents.report(), *kept_back, stream.report(), stream.preview(inputs.tokenizer)):
             log(line)
         reporter, meters = Reporter(cfg, log, launch.rank, state["step"], total), Meters(mesh, **state["meters"])
         stack.callback(reporter.close)

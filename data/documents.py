@@ -229,6 +229,10 @@ class Documents:
 
     def _notes(self, origin: Origin, count: Counts) -> list[str]:
         notes = []
+        if bad := origin.store.bad["count"]:
+            notes.append(f"{bad:,} of {bad + origin.store.meta['documents']:,} records are wrong: left out (data.on_bad)")
+            notes += [f"  {n:,} x {reason}" for reason, n in origin.store.bad["reasons"].items()]
+            notes.append("  first: " + ", ".join(f"{origin.files[file]}:{line}" for file, line, _ in origin.store.bad["first"]))
         if count.untrained:
             notes.append(f"{count.untrained:,} of {count.documents:,} documents have nothing to learn: left out")
         if count.long:

@@ -84,6 +84,7 @@ class DataError(UserError):
     """A data file or record is wrong. `where` is shown as `file` or `file:line`."""
 
     def __init__(self, message: str, path: str | Path | None = None, line: int | None = None):
+        self.message, self.path, self.line = message, path, line
         where = "" if path is None else f"{path}: " if line is None else f"{path}:{line}: "
         super().__init__(f"{where}{message}")
 
