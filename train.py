@@ -62,11 +62,17 @@ class TrainConfig:
         int, "Micro-batches of a rank in one step; a step sees data.tokens x accumulate x data ranks slots.", "gradient_accumulation_steps"
     ] = 1
     seed: Annotated[int, "Everything random derives from it: initialization, order of the data, dropout."] = 0
+    on_nonfinite: Annotated[
+        Literal["halt", "skip"],
+        "A step whose loss or gradient is not finite, or whose gradient is exactly zero: end the run, or leave the step out.",
+    ] = "halt"
+    max_skips_in_a_row: Annotated[int, "skip: one more bad step in a row ends the run."] = 3
+    max_skips: Annotated[int, "skip: one more bad step in all ends the run."] = 100
 
     def __post_init__(self):
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("and train.steps are both set; keep one of them", "epochs", self.epochs)
-        for key in ("steps", "epochs", "accumulate"):
+        for key in ("steps", "epochs", "accumulate", "max_skips_in_a_row", "max_skips"):
             if (value := getattr(self, key)) is not None and value < 1:
                 raise ConfigError("must be at least 1", key, value)
         if not 0 <= self.seed < 2**31:
@@ -266,8 +272,14 @@ class Meters:
         self.mesh, self.loss = mesh, torch.full((), loss if mesh.leads else 0.0, dtype=torch.float64, device=mesh.device)
         self.units, self.tokens, self.seconds = units, tokens, seconds
 
-    def add(self, units: int, tokens: int, seconds: float) -> None:
-        self.units, self.tokens, self.seconds = self.units + units, self.tokens + tokens, self.seconds + seconds
+    def learned(self, loss: torch.Tensor, units: int) -> None:
+        """An update was made. loss: this rank's part of the sum over the `units` of all ranks, fp64."""
+        self.loss += loss
+        self.units += units
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """A step is done, whether anything was learned or not."""
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
 
     def state(self) -> dict[str, float]:
         """The sums of all ranks. A collective."""
@@ -275,10 +287,10 @@ class Meters:
         return {"loss": loss, "units": self.units, "tokens": self.tokens, "seconds": self.seconds}
 
     def read(self) -> dict[str, float]:
-        """Mean loss per unit and tokens per second, over all ranks; then starts anew. A collective."""
+        """Mean loss per unit (NaN if there were none) and tokens per second, over all ranks; then starts anew. A collective."""
         found = self.state()
         self.__init__(self.mesh)
-        return {"loss": found["loss"] / max(found["units"], 1), "tokens_per_s": found["tokens"] / found["seconds"]}
+        return {"loss": found["loss"] / found["units"] if found["units"] else math.nan, "tokens_per_s": found["tokens"] / found["seconds"]}
 
 
 def memory_gib(device: torch.device) -> float:
@@ -331,7 +343,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
     from data.stream import Stream
     from model.safetensors_io import materialize
     from objective import lm
-    from objective.evaluate import EarlyStop, evaluate
+    from objective.evaluate import EarlyStop, each_document, evaluate
     from optim.adamw import build as build_optimizer
     from optim.adamw import choose, set_lr, state_tensors
     from optim.clip import clip
@@ -344,6 +356,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
     from parallel.nodes import alike, shared
     from parallel.peers import Peers
     from runtime.checkpoint import Checkpointer
+    from runtime.guard import Guard, upstream
     from runtime.log import Log
     from runtime.metrics import check_trackers
     from runtime.stop import Stop
@@ -368,7 +381,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         resolved = to_toml(cfg)
         ckpt = Checkpointer(out, cfg.checkpoint, who, resolved, flatten(cfg), rules=DRIFT, layout=mesh.axes, say=log)
         found = ckpt.find()
-        state = {"step": 0, "tokens": 0, "packs_per_step": mesh.data_size * cfg.train.accumulate, "early": {}, "meters": {}}
+        state = {"step": 0, "tokens": 0, "packs_per_step": mesh.data_size * cfg.train.accumulate, "early": {}, "meters": {}, "guard": {}}
         state |= found.state if found else {}
         place = {"tokens": cfg.data.tokens, "max_length": cfg.data.longest, "seed": cfg.train.seed}
         place |= {"rank": mesh.data_rank, "size": mesh.data_size}
@@ -395,15 +408,23 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         if launch.rank == 0:
             (out / "resolved.toml").write_text(resolved, encoding="utf-8")
             (out / "result.json").unlink(missing_ok=True)  # an export that lies there is of an earlier run
-        for line in (mesh.describe(), *report, chosen, inputs.documents.report(), stream.report(), stream.preview(inputs.tokenizer)):
+        kept_back = ["held out: " + inputs.held_out.report()] if inputs.held_out else []
+        data = (inputs.documents.report(), *kept_back, stream.report(), stream.preview(inputs.tokenizer))
+        for line in (mesh.describe(), *report, chosen, *data):
             log(line)
         reporter, meters = Reporter(cfg, log, launch.rank, state["step"], total), Meters(mesh, **state["meters"])
         stack.callback(reporter.close)
+        guard = Guard(cfg.train, out, ckpt.team, log, lambda: way_back(out), **state["guard"])
         mfu_per_token_s = utilization(net, inputs.documents, mesh)
 
         def save() -> Outcome | None:
-            now = state | {"early": early.state(), "meters": meters.state()}
-            return ckpt.save(state["step"], kept, now, {"cpu": torch.get_rng_state()})
+            now = state | {"early": early.state(), "meters": meters.state(), "guard": guard.state()}
+            return ckpt.save(state["step"], kept, now, {"cpu": torch.get_rng_state()}, guard.healthy)
+
+        def look() -> list[dict]:
+            losses = zip(stream.documents(step), each_document(net, micro, mesh.sum_over_context, device, cfg.train.seed))
+            packs = [(batch.pack, zip(*found)) for batch, found in zip(micro, losses)]
+            return [{"pack": n, "loss": loss, **inputs.documents.about(i, inputs.tokenizer)} for n, pack in packs for i, loss in pack]
 
         net.train()
         for step in range(state["step"] + 1, total + 1) if not ended else ():
@@ -413,25 +434,27 @@ def run(cfg: RunConfig, launch: Launch) -> None:
             units, tokens, stopping = mesh.sum_over_data(counts, votes=1).tolist()
             if stopping:
                 break
+            sums = torch.zeros((), dtype=torch.float64, device=device)
             for i, batch in enumerate(micro):
                 lm.seed_dropout(cfg.train.seed, batch.pack)
                 last_backward(net, i == len(micro) - 1, cfg.parallel)
                 loss = lm.loss(net, batch.to(device), max(units, 1), cfg.objective)
-                loss.backward()
-                meters.loss += loss.detach() * units
+                loss.backward(upstream(loss))
+                sums += loss.detach() * units
             set_lr(opt, lr := cfg.optim.lr * factor(cfg.schedule, step, total))
             norm = clip(trained.values(), cfg.optim.max_norm, opt).item()  # the step's one wait for the device
-            if not math.isfinite(norm):
-                raise FloatingPointError(f"step {step}: the gradient's norm is {norm}; the weights are still those of step {step - 1}")
-            opt.step()
+            if guard.passes(step, norm, units, look):
+                opt.step()
+                meters.learned(sums, units)
             opt.zero_grad(set_to_none=True)
 
             state |= {"step": step, "tokens": state["tokens"] + tokens}
             ended = step == total
-            meters.add(units, tokens, time.monotonic() - begun)
+            meters.add(tokens, time.monotonic() - begun)
             reporter.progress.step(step)
             if step % cfg.log.every == 0 or ended:
                 numbers = meters.read() | {"grad_norm": norm, "lr": lr, "tokens": state["tokens"], "epoch": step / stream.steps_per_epoch}
+                numbers |= guard.numbers()
                 if mfu_per_token_s:
                     numbers["mfu"] = numbers["tokens_per_s"] * mfu_per_token_s
                 reporter.record({"step": step, **numbers, "memory_gib": memory_gib(device)})
@@ -465,6 +488,14 @@ def remains(out: Path) -> str:
 
     newest = next(iter(Store(out).complete()), None)
     return f"the newest complete checkpoint is {newest}; the same command resumes" if newest else "there is no checkpoint yet"
+
+
+def way_back(out: Path) -> str:
+    """Where a run whose weights may be broken can go back to."""
+    from runtime.checkpoint.store import Store
+
+    newest = next(iter(Store(out).healthy()), None)
+    return f"the newest healthy checkpoint is {newest}" if newest else "there is no healthy checkpoint yet"
 
 
 def result(cfg: RunConfig, step: int) -> dict[str, object]:

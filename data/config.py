@@ -88,6 +88,10 @@ class DataConfig:
         Literal["drop", "truncate", "split", "error"],
         "A longer document: leave it out, keep its beginning, cut it into pieces that all train, or stop.",
     ] = "truncate"
+    on_bad: Annotated[
+        Literal["error", "skip"], "A record that is wrong (no JSON, a field missing, refused by the template): stop, or leave it out."
+    ] = "error"
+    max_bad: Annotated[float, "skip: share of a source's records that may be wrong; more is an error."] = 0.001
     template: Annotated[str | None, "A file with a chat template (jinja) instead of the model's own."] = None
     template_args: Annotated[
         dict[str, str | int | float | bool], "Variables given to the chat template, e.g. {enable_thinking = false}."
@@ -104,6 +108,8 @@ class DataConfig:
             raise ConfigError(
                 f"must lie between 2 and data.tokens={self.tokens}, which a document has to fit into", "max_length", self.max_length
             )
+        if not 0 <= self.max_bad < 1:
+            raise ConfigError("must be a share of the records: at least 0, and below 1", "max_bad", self.max_bad)
         try:
             date.fromisoformat(self.date)
         except ValueError:

@@ -23,6 +23,7 @@ import numpy as np
 from data.keys import permutation
 from data.sample import IGNORE, TRAINED
 from data.store import Store
+from data.tokenizer import Tokenizer
 from runtime.errors import DataError
 
 _CONTINUES, _FURTHER = np.uint32(1 << 31), np.uint32(1 << 30)  # bits of a length
@@ -125,6 +126,15 @@ class Documents:
         labels[: len(raw) - 1] = np.where(raw[1:] >= TRAINED, ids[1:], IGNORE)
         return ids[:length], labels, source
 
+    def about(self, i: int, tokenizer: Tokenizer, characters: int = 400) -> dict[str, object]:
+        """Where a document came from and how it begins, for people and as JSON values."""
+        source = int(np.searchsorted(self._bases, self.begin[i], "right")) - 1
+        origin, begin = self.origins[source], int(self.begin[i] - self._bases[source])
+        file, line = origin.store.place_of(int(np.searchsorted(origin.store.index["end"], begin, "right")))
+        ids = origin.store.tokens[begin : begin + min(int(self.lengths[i]), characters)] & _ID
+        text = tokenizer.decode(ids.tolist())[:characters]
+        return {"where": f"{origin.files[file]}:{line}", "source": origin.name, "tokens": int(self.lengths[i]), "text": text}
+
     def take(self, epoch: int) -> np.ndarray:
         """The documents of an epoch, as often as their source's weight says, in order; int64.
 
@@ -219,6 +229,10 @@ class Documents:
 
     def _notes(self, origin: Origin, count: Counts) -> list[str]:
         notes = []
+        if bad := origin.store.bad["count"]:
+            notes.append(f"{bad:,} of {bad + origin.store.meta['documents']:,} records are wrong: left out (data.on_bad)")
+            notes += [f"  {n:,} x {reason}" for reason, n in origin.store.bad["reasons"].items()]
+            notes.append("  first: " + ", ".join(f"{origin.files[file]}:{line}" for file, line, _ in origin.store.bad["first"]))
         if count.untrained:
             notes.append(f"{count.untrained:,} of {count.documents:,} documents have nothing to learn: left out")
         if count.long:

@@ -5,13 +5,15 @@ thread beside this one, which meanwhile reads, parses and renders the next batch
 span only, so the library is asked for those two instead of turning every token's offsets into Python objects.
 
 The cache is keyed by content: the bytes of the files, the format and everything it depends on, the tokenizer. The limit on
-length is not in the key: it is applied to the index, so that trying another one costs nothing.
+length is not in the key: it is applied to the index, so that trying another one costs nothing. Nor is the limit on records that
+are wrong, where these are left out: what was left out is kept with the tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from array import array
 from collections import deque
@@ -28,7 +30,7 @@ from data import formats
 from data.config import DataConfig, SourceConfig
 from data.documents import Documents, Origin
 from data.sample import TRAINED, BadRecord, Sample, Tokens
-from data.sources import find_files, read_records
+from data.sources import Bad, find_files, read_records, refuse
 from data.store import Writer, find_or_make
 from data.tokenizer import Tokenizer
 from runtime.errors import DataError, ModelError
@@ -36,6 +38,7 @@ from runtime.errors import DataError, ModelError
 CODE_VERSION = 1  # of everything between a file's bytes and its tokens: raise it when that changes, and caches are made anew
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_RECORDS = 4096
+_FIRST_BAD, _BAD_KINDS = 5, 20  # of records that were left out: how many are named, how many kinds of reasons are told apart
 _MANY_SPANS = 16  # above, offsets of all tokens are cheaper than searching for each span
 
 
@@ -57,7 +60,7 @@ def prepare(
     for source, name in zip(sources, _names(sources)):
         files = find_files(source)
         form = formats.build(cfg, source, tokenizer)
-        key = _key(files, form.key, tokenizer)
+        key = _key(files, form.key, tokenizer, cfg.on_bad)
         bar = tqdm(
             total=sum(file.stat().st_size for file in files),
             desc=f"tokenizing {name}",
@@ -69,7 +72,9 @@ def prepare(
         )
         ends = frozenset(tokenizer.special_texts.values()) | set(tokenizer.eos_ids)
         with bar:
-            store = find_or_make(cache, key, ends, lambda writer: _tokenize(files, form, tokenizer, writer, bar))  # noqa: B023 (called at once)
+            work = lambda writer: _tokenize(files, form, tokenizer, writer, bar, cfg.on_bad)  # noqa: E731, B023 (called at once)
+            store = find_or_make(cache, key, ends, work)
+        _check_bad(store.bad, store.meta["documents"], cfg.max_bad, files)
         origins.append(Origin(name, source.weight, source.path, tuple(files), store))
     return Documents.of(origins, cfg.longest, cfg.overflow, tokenizer.pad_id, seed)
 
@@ -88,7 +93,34 @@ def _names(sources: tuple[SourceConfig, ...]) -> list[str]:
     return names
 
 
-def _key(files: list[Path], form: object, tokenizer: Tokenizer) -> str:
+class _LeftOut:
+    """Keeps account of records that are wrong and left out."""
+
+    def __init__(self, files: list[Path]):
+        self.count, self.reasons, self.first = 0, {}, []
+        self._number = {path: i for i, path in enumerate(files)}
+
+    def __call__(self, error: DataError) -> None:
+        self.count += 1
+        kind = re.sub(r"\d+", "N", error.message)  # columns and counts do not make another reason
+        kind = kind if kind in self.reasons or len(self.reasons) < _BAD_KINDS else "other reasons"
+        self.reasons[kind] = self.reasons.get(kind, 0) + 1
+        self.first = sorted([*self.first, [self._number[error.path], error.line, error.message]])[:_FIRST_BAD]
+
+    def account(self) -> dict[str, object]:
+        """As `Store.bad` has it, the most frequent reason first."""
+        reasons = dict(sorted(self.reasons.items(), key=lambda item: (-item[1], item[0])))
+        return {"count": self.count, "reasons": reasons, "first": self.first}
+
+
+def _check_bad(bad: dict, documents: int, most: float, files: list[Path]) -> None:
+    if bad["count"] > most * (bad["count"] + documents):
+        file, line, reason = bad["first"][0]
+        told = f"{bad['count']:,} of {bad['count'] + documents:,} records are wrong, more than data.max_bad={most:g} of them allows"
+        raise DataError(f"{reason}; {told}", files[file], line)
+
+
+def _key(files: list[Path], form: object, tokenizer: Tokenizer, on_bad: str) -> str:
     contents = []
     for path in files:
         digest = hashlib.blake2b(digest_size=16)
@@ -99,7 +131,8 @@ def _key(files: list[Path], form: object, tokenizer: Tokenizer) -> str:
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror or error}", path) from None
         contents.append([path.suffix, digest.hexdigest()])
-    facts = json.dumps([CODE_VERSION, tokenizers.__version__, tokenizer.fingerprint, form, contents])
+    skips = [on_bad] if on_bad == "skip" else []
+    facts = json.dumps([CODE_VERSION, tokenizers.__version__, tokenizer.fingerprint, form, contents, *skips])
     return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
 
 
@@ -110,9 +143,10 @@ class _Item(NamedTuple):
     sample: Sample | Tokens
 
 
-def _tokenize(files: list[Path], form: formats.Format, tokenizer: Tokenizer, writer: Writer, bar: tqdm) -> None:
+def _tokenize(files: list[Path], form: formats.Format, tokenizer: Tokenizer, writer: Writer, bar: tqdm, on_bad: str) -> None:
     """Writes every record of `files`, in order."""
-    surround = _Surround(tokenizer)
+    surround, left_out = _Surround(tokenizer), _LeftOut(files)
+    bad = left_out if on_bad == "skip" else refuse
     begun = 0
 
     def finish(batch: list[_Item], encoded: Future) -> None:
@@ -122,16 +156,21 @@ def _tokenize(files: list[Path], form: formats.Format, tokenizer: Tokenizer, wri
             while begun <= item.file:
                 writer.begin_file()
                 begun += 1
-            document = item.sample if isinstance(item.sample, np.ndarray) else surround.tokens(item.sample, next(encodings))
+            encoding = None if isinstance(item.sample, np.ndarray) else next(encodings)
+            if isinstance(encoding, DataError):
+                bad(encoding)
+                continue
+            document = item.sample if encoding is None else surround.tokens(item.sample, encoding)
             if not len(document):
-                raise DataError("gives no tokens", files[item.file], item.line)
+                bad(DataError("gives no tokens", files[item.file], item.line))
+                continue
             writer.add(document, item.line)
         bar.update(sum(item.size for item in batch))
 
     waiting: deque[tuple[list[_Item], Future]] = deque()
     with ThreadPoolExecutor(1) as pool:
         try:
-            for batch in _batches(files, form):
+            for batch in _batches(files, form, bad):
                 waiting.append((batch, pool.submit(_encode, batch, files, tokenizer)))
                 if len(waiting) > 2:
                     finish(*waiting.popleft())
@@ -140,19 +179,24 @@ def _tokenize(files: list[Path], form: formats.Format, tokenizer: Tokenizer, wri
         finally:
             for _, encoded in waiting:
                 encoded.cancel()
+    if left_out.count:
+        writer.bad = left_out.account()
+        if not writer.tokens:
+            _check_bad(writer.bad, 0, 0.0, files)
     if not begun:
         raise DataError("there are no records", files[0] if len(files) == 1 else files[0].parent)
 
 
-def _batches(files: list[Path], form: formats.Format) -> Iterator[list[_Item]]:
+def _batches(files: list[Path], form: formats.Format, bad: Bad) -> Iterator[list[_Item]]:
     batch: list[_Item] = []
     characters = 0
     for number, path in enumerate(files):
-        for record in read_records(path):
+        for record in read_records(path, bad):
             try:
                 sample = form.convert(record.value)
             except BadRecord as error:
-                raise DataError(str(error), path, record.line) from None
+                bad(DataError(str(error), path, record.line))
+                continue
             batch.append(_Item(number, record.line, record.size, sample))
             characters += len(sample if isinstance(sample, np.ndarray) else sample.text)
             if characters > _BATCH_CHARACTERS or len(batch) >= _BATCH_RECORDS:
@@ -162,19 +206,26 @@ def _batches(files: list[Path], form: formats.Format) -> Iterator[list[_Item]]:
         yield batch
 
 
-def _encode(batch: list[_Item], files: list[Path], tokenizer: Tokenizer) -> list:
-    """The encodings of the batch's texts, in order."""
-    samples = [item.sample for item in batch if isinstance(item.sample, Sample)]
+def _encode(batch: list[_Item], files: list[Path], tokenizer: Tokenizer) -> list[tokenizers.Encoding | DataError]:
+    """The encodings of the batch's texts, in order; what is wrong with those that are not text."""
+    items = [item for item in batch if isinstance(item.sample, Sample)]
     try:
-        return tokenizer.encode_batch([sample.text for sample in samples])
+        return tokenizer.encode_batch([item.sample.text for item in items])
     except (TypeError, UnicodeEncodeError):
-        for item in batch:
-            try:
-                item.sample.text.encode()
-            except UnicodeEncodeError as error:
-                wrong = ascii(error.object[error.start])[1:-1]
-                raise DataError(f"has {wrong}, half of a surrogate pair, which is not text", files[item.file], item.line) from None
-        raise
+        faults = [_half_pair(item.sample.text) for item in items]
+        if not any(faults):
+            raise
+        encodings = iter(tokenizer.encode_batch([item.sample.text for item, fault in zip(items, faults) if not fault]))
+        return [DataError(fault, files[item.file], item.line) if fault else next(encodings) for item, fault in zip(items, faults)]
+
+
+def _half_pair(text: str) -> str | None:
+    """What is wrong with a string that JSON can write but that is not text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"has {ascii(error.object[error.start])[1:-1]}, half of a surrogate pair, which is not text"
+    return None
 
 
 class _Surround:

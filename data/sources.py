@@ -2,7 +2,9 @@
 
 A record is any JSON value with the line it begins on (the row, in parquet); whether it has the fields its format needs is
 checked where it is used. Reading is strict: what is not exactly right is a DataError with file, line and reason. Nothing is
-skipped and nothing is guessed, because a data set that is silently half read trains a model that is silently half right.
+guessed, and nothing is skipped unless the caller says so, because a data set that is silently half read trains a model that is
+silently half right. What can be skipped is a line of .jsonl and a row of .csv with another number of fields; behind a fault in
+the structure of a file there is no telling where the next record begins.
 
     .jsonl     one JSON value per line; blank lines are allowed. Streamed.
     .json      an array of records, which is held in memory as text, or lines as in .jsonl, which are streamed.
@@ -20,7 +22,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,25 +111,37 @@ def _words(name: str) -> set[str]:
 # -------------------------------------------------------------------------------------------------------------- records
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """The records of one file, in order."""
+Bad = Callable[[DataError], None]
+
+
+def refuse(error: DataError) -> None:
+    raise error from None
+
+
+def read_records(path: Path, bad: Bad = refuse) -> Iterator[Record]:
+    """The records of one file, in order. `bad` is told of each that is wrong, and may return to leave it out."""
     try:
-        yield from READERS[path.suffix](path)
+        yield from READERS[path.suffix](path, bad)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", path) from None
 
 
-def _read_lines(path: Path) -> Iterator[Record]:
+def _read_lines(path: Path, bad: Bad) -> Iterator[Record]:
     for number, line in _lines(path):
         if line.strip():
-            yield Record(number, _parse(_decode(line, path, number), path, number), len(line))
+            try:
+                value = _parse(_decode(line, path, number), path, number)
+            except DataError as error:
+                bad(error)
+                continue
+            yield Record(number, value, len(line))
 
 
-def _read_json(path: Path) -> Iterator[Record]:
+def _read_json(path: Path, bad: Bad) -> Iterator[Record]:
     with open(path, "rb") as file:
         head = file.read(4096).removeprefix(_BOM).lstrip()
     if not head.startswith(b"["):
-        yield from _read_lines(path)
+        yield from _read_lines(path, bad)
         return
     text = _decode_file(path.read_bytes(), path)
     at = _skip_space(text, text.index("[") + 1)
@@ -148,7 +162,7 @@ def _read_json(path: Path) -> Iterator[Record]:
         raise DataError("is not valid JSON: there is text after the array", path, line)
 
 
-def _read_csv(path: Path) -> Iterator[Record]:
+def _read_csv(path: Path, bad: Bad) -> Iterator[Record]:
     csv.field_size_limit(MAX_RECORD_BYTES)
     rows = csv.reader((_decode(line, path, number) for number, line in _lines(path)), strict=True)
     header: list[str] | None = None
@@ -159,16 +173,16 @@ def _read_csv(path: Path) -> Iterator[Record]:
                 header = row
                 if len(set(row)) < len(row) or "" in row:
                     raise DataError("the header names a column twice or not at all", path, 1)
+            elif row and len(row) != len(header):
+                bad(DataError(f"has {len(row)} fields, but the header has {len(header)}", path, begin))
             elif row:
-                if len(row) != len(header):
-                    raise DataError(f"has {len(row)} fields, but the header has {len(header)}", path, begin)
                 yield Record(begin, dict(zip(header, row)), sum(map(len, row)))
             begin = rows.line_num + 1
     except csv.Error as error:
         raise DataError(f"is not valid CSV: {error}", path, begin) from None
 
 
-def _read_text(path: Path) -> Iterator[Record]:
+def _read_text(path: Path, bad: Bad) -> Iterator[Record]:
     with open(path, "rb") as file:
         data = file.read(MAX_RECORD_BYTES + 1)
     if len(data) > MAX_RECORD_BYTES:
@@ -176,7 +190,7 @@ def _read_text(path: Path) -> Iterator[Record]:
     yield Record(1, {"text": _decode_file(data, path)}, len(data))
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
+def _read_parquet(path: Path, bad: Bad) -> Iterator[Record]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:

@@ -4,7 +4,8 @@ A store is a folder, named by its key:
 
     tokens.bin   uint32 per token, documents end to end; the top bit says that the token is a target
     index.bin    per document: end in tokens.bin (uint64), targets (uint32), line in its file (uint32)
-    meta.json    the number of documents and tokens, the largest id, the first document of each file, CRC-32 of the others
+    meta.json    the number of documents and tokens, the largest id, the first document of each file, CRC-32 of the others, and
+                 what of the files was wrong and left out
 
 It is written in a folder beside, synced, and renamed, so that a store that exists is whole unless the disk failed; that is
 what sizes and checksums are for: a store that does not match them is made again. Ranks and nodes that need the same store
@@ -62,6 +63,11 @@ class Store:
         return self.meta["max_id"]
 
     @property
+    def bad(self) -> dict:
+        """Records that were left out: `count`, `reasons` (how often each), `first` ([file number, line, reason] of some)."""
+        return self.meta.get("bad") or {"count": 0, "reasons": {}, "first": []}
+
+    @property
     def contents(self) -> list:
         """What tells contents apart: tokens, targets and borders."""
         return [self.meta["documents"], self.meta["tokens"], self.meta["crc32"]]
@@ -84,10 +90,11 @@ class Writer:
     """Makes a store in `folder`, document by document, in constant memory but for 16 bytes a document.
 
     `ends`: ids that end a text. Documents whose last target is none of them are counted: they do not teach to stop.
+    `bad`: set by who writes, if records were left out (`Store.bad`).
     """
 
     def __init__(self, folder: Path, ends: frozenset[int]):
-        self.folder, self._ends_text, self.open_ended = folder, ends, 0
+        self.folder, self._ends_text, self.open_ended, self.bad = folder, ends, 0, None
         self.tokens = self.max_id = self._crc = self._buffered = 0
         self._buffer: list[np.ndarray] = []
         self._ends, self._targets, self._lines = array("Q"), array("I"), array("I")
@@ -142,6 +149,7 @@ class Writer:
             "max_id": self.max_id,
             "open_ended": self.open_ended,
             "files": self._files,
+            "bad": self.bad,
             "crc32": {"tokens.bin": self._crc, "index.bin": zlib.crc32(index)},
         }
         with open(self.folder / "meta.json", "w", encoding="utf-8") as file:

@@ -41,6 +41,10 @@ class Plan:
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
+    def members(self, pack: int) -> np.ndarray:
+        """Documents of a pack; of one behind the last, which fills up a step, none."""
+        return self.documents[self.bounds[pack] : self.bounds[pack + 1]] if pack < len(self) else self.documents[:0]
+
 
 class Stream:
     """Batches by step.
@@ -141,24 +145,30 @@ class Stream:
         return batches
 
     def _batches(self, step: int) -> list[Batch]:
+        plan, packs = self._packs(step)
+        return [self._batch(plan, pack, (step - 1) * self.packs_per_step + number) for number, pack in packs]
+
+    def documents(self, step: int) -> list[list[int]]:
+        """Which of `docs` are in each micro-batch of this rank in `step`, in their order there."""
+        plan, packs = self._packs(step)
+        return [plan.members(pack).tolist() for _, pack in packs]
+
+    def _packs(self, step: int) -> tuple[Plan, list[tuple[int, int]]]:
+        """The plan of the epoch of `step`, and this rank's packs of the step: number in the step, number in the plan."""
         epoch = self._epoch_of(step)
-        plan, first = self._plan_of(epoch), self._first_step(epoch)
+        first = (step - self._first_step(epoch)) * self.packs_per_step
         numbers = [i * self.size + self.rank for i in range(self.accumulate)]
-        return [
-            self._batch(plan, (step - first) * self.packs_per_step + number, (step - 1) * self.packs_per_step + number)
-            for number in numbers
-        ]
+        return self._plan_of(epoch), [(number, first + number) for number in numbers]
 
     def _batch(self, plan: Plan, pack: int, number: int) -> Batch:
         """Pack `pack` of an epoch, number `number` of the run; empty if the epoch has no such pack."""
-        members = plan.documents[plan.bounds[pack] : plan.bounds[pack + 1]] if pack < len(plan) else ()
         tokens = np.full(self.tokens, self.docs.pad_id, np.int64)
         labels = np.full(self.tokens, IGNORE, np.int64)
         positions = np.empty(self.tokens, np.int32)
         borders = np.full(self.max_docs + 1, self.tokens, np.int32)
         sources = np.full(self.max_docs, -1, np.int64)
         at = n = 0
-        for i in members:
+        for i in plan.members(pack):
             ids, targets, sources[n] = self.docs.read(i)
             end = at + len(ids)
             tokens[at:end], labels[at:end], positions[at:end] = ids, targets, np.arange(len(ids))

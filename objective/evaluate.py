@@ -1,10 +1,10 @@
-"""Loss on held-out documents, in all and per source, and the decision to stop early."""
+"""Loss on held-out documents, in all and per source, and the decision to stop early; the loss of each document of a step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,23 @@ def evaluate(
     loss, tokens = sums.sum(dim=0).tolist()
     each = {name: total / n for name, (total, n) in zip(sources, sums.tolist()) if n}
     return {"eval_loss": loss / tokens if tokens else math.nan, "eval_tokens": int(tokens), "eval_sources": each}
+
+
+@torch.no_grad()
+def each_document(
+    net: nn.Module, batches: Iterable[Batch], sum_over_context: Callable[[Tensor], Tensor], device: torch.device, seed: int
+) -> list[list[float]]:
+    """For each batch, the mean loss of its documents as a training step computes it, dropout included; 0 where nothing is learned.
+
+    For looking at a step after it went wrong. A document that is not finite makes no other one so, unless attention does.
+    """
+    found = []
+    for batch in batches:
+        lm.seed_dropout(seed, batch.pack)
+        each = replace(batch, group={"source": torch.arange(batch.cu_seqlens.numel() - 1)})
+        sums = sum_over_context(lm.by_source(net, each.to(device), batch.cu_seqlens.numel() - 1)).tolist()
+        found.append([total / targets if targets else 0.0 for total, targets in sums])
+    return found
 
 
 @dataclass

@@ -134,5 +134,10 @@ class Mesh:
         dist.all_reduce(values)
         return values
 
+    def sum_over_context(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of `values` over the ranks that share this one's rows of tokens; forward only. In place, and returned."""
+        dist.all_reduce(values, group=self.tokens.get_group("context"))
+        return values
+
     def describe(self) -> str:
         return "mesh: " + " x ".join(f"{axis} {size}" for axis, size in self.axes.items())

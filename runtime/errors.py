@@ -84,8 +84,16 @@ class DataError(UserError):
     """A data file or record is wrong. `where` is shown as `file` or `file:line`."""
 
     def __init__(self, message: str, path: str | Path | None = None, line: int | None = None):
+        self.message, self.path, self.line = message, path, line
         where = "" if path is None else f"{path}: " if line is None else f"{path}:{line}: "
         super().__init__(f"{where}{message}")
+
+
+class StepError(UserError):
+    """Training cannot go on: steps are not finite, or nothing is learned (runtime/guard.py). Nothing of it is a mistake in the config
+    for sure, so it is a failure of the run (exit code 1); but a traceback would say nothing."""
+
+    exit_code = 1
 
 
 class ModelError(UserError):

@@ -20,7 +20,7 @@ from tests import launch
 from tools import schema
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted((ROOT / "train_configs").rglob("*.toml"))
 RANKS = re.compile(r"# (\d+) (?:ranks?|GPUs?)\b")
 KEYS = set(re.findall(r"^  --([\w.]+)", help_text(train.RunConfig), re.MULTILINE))
@@ -154,7 +154,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_page_can_be_found_from_the_readme():
-    links = set(re.findall(r"\]\((docs/[\w.-]+)\)", PAGES[0].read_text(encoding="utf-8")))
+    links = set(re.findall(r"\]\((docs/[\w.-]+|SECURITY\.md)\)", PAGES[0].read_text(encoding="utf-8")))
     assert links == {name(page) for page in PAGES[1:]}
 
 

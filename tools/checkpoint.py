@@ -32,6 +32,7 @@ def ls(run: Store) -> int:
             print(f"{path.name:<16} damaged: {problem}")
             continue
         manifest = store.read_manifest(path)
+        notes += ["saved between bad steps"] * (not store.is_healthy(path))
         size = size_text(sum(record["size"] for record in manifest["files"].values()))
         print(f"{path.name:<16} {size:>10}  {manifest['layout']['world']} ranks  {manifest['written']}  {', '.join(notes)}".rstrip())
     return 0
@@ -52,10 +53,10 @@ def verify(run: Store, paths: list[Path]) -> int:
 
 
 def rm(run: Store, paths: list[Path], force: bool) -> int:
-    newest = run.complete()[:1]
+    newest = run.complete()[:1] + run.healthy()[:1]
     for path in paths:
         if not force and (run.pinned(path) or path in newest):
-            why = "is pinned" if run.pinned(path) else "is the newest complete checkpoint"
+            why = "is pinned" if run.pinned(path) else f"is the newest {'complete' if path == newest[0] else 'healthy'} checkpoint"
             raise ModelError(f"{why}; add --force to delete it all the same", path)
     for path in paths:
         run.remove(path)

@@ -246,7 +246,9 @@ class Checkpointer:
         """Whether the config asks for a checkpoint after this step."""
         return self.cfg.every > 0 and step % self.cfg.every == 0
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], rng: Mapping[str, Tensor]) -> Outcome | None:
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], rng: Mapping[str, Tensor], healthy: bool = True
+    ) -> Outcome | None:
         """Saves a checkpoint. A disk that refuses makes no exception: training can go on, what was saved before stands.
 
         Args:
@@ -254,6 +256,7 @@ class Checkpointer:
             tensors: all to keep, by name: DTensors, or plain tensors equal on all ranks that have them.
             state: anything else, as JSON values, equal on all ranks.
             rng: this rank's random state.
+            healthy: False where the run may be about to fail: such a checkpoint is kept beside the healthy ones, not instead of one.
 
         Returns:
             The outcome; None if the save goes on in the background: `poll` or `wait` will tell.
@@ -267,10 +270,10 @@ class Checkpointer:
         assert self._last is None or self._last.step < step, f"step {step} after step {self._last.step}"
         text, snapshot = self.team.together(lambda: (json.dumps(state), shards.Snapshot(tensors)))
         if not self.cfg.async_:
-            return self._tell(self._write(step, snapshot, text, rng))
+            return self._tell(self._write(step, snapshot, text, rng, healthy))
         self.team.together(lambda: snapshot.stage(self._buffers))
         self._flight = Future()
-        work = partial(self._write, step, snapshot, text, {name: t.clone() for name, t in rng.items()})
+        work = partial(self._write, step, snapshot, text, {name: t.clone() for name, t in rng.items()}, healthy)
         threading.Thread(target=_fulfil, args=(self._flight, work), name=f"checkpoint-{step}", daemon=True).start()
         return None
 
@@ -299,14 +302,14 @@ class Checkpointer:
             self._say(f"checkpoint of step {outcome.step}: " + (f"{outcome.problem}; {kept}" if outcome.problem else good))
         return outcome
 
-    def _write(self, step: int, snapshot: shards.Snapshot, state: str, rng: Mapping[str, Tensor]) -> Outcome:
+    def _write(self, step: int, snapshot: shards.Snapshot, state: str, rng: Mapping[str, Tensor], healthy: bool) -> Outcome:
         """One save, on the main thread or in the background; the same outcome on all ranks."""
         team, begun = self._writers, time.monotonic()
         nbytes = team.total(snapshot.nbytes)
         folder = None
         try:
             folder = Path(team.share(team.together(lambda: str(self._begin(step, nbytes)), only=0)))
-            path = self._fill(team, folder, step, snapshot, state, rng)
+            path = self._fill(team, folder, step, snapshot, state, rng, healthy)
         except BaseException as e:
             if team.rank == 0 and folder is not None:
                 store.discard(folder)
@@ -329,7 +332,9 @@ class Checkpointer:
             raise OSError(errno.ENOSPC, "No space left on device", str(self.store.folder))
         return self.store.begin(step)
 
-    def _fill(self, team: Team, folder: Path, step: int, snapshot: shards.Snapshot, state: str, rng: Mapping[str, Tensor]) -> Path:
+    def _fill(
+        self, team: Team, folder: Path, step: int, snapshot: shards.Snapshot, state: str, rng: Mapping[str, Tensor], healthy: bool
+    ) -> Path:
         """Writes all files into `folder` and publishes it."""
         files = team.together(lambda: shards.write(folder, snapshot, team.group))
 
@@ -342,9 +347,9 @@ class Checkpointer:
 
         team.together(write_rest)
         everything = {name: record for records in team.gather(files) for name, record in records.items()}
-        return Path(team.share(team.together(lambda: str(self._publish(folder, step, everything)), only=0)))
+        return Path(team.share(team.together(lambda: str(self._publish(folder, step, everything, healthy)), only=0)))
 
-    def _publish(self, folder: Path, step: int, files: dict[str, dict]) -> Path:
+    def _publish(self, folder: Path, step: int, files: dict[str, dict], healthy: bool) -> Path:
         """Rank 0: what the ranks say they wrote is what lies here; then the manifest, then the name."""
         if problems := store.check_sizes(folder, files):
             raise OSError(errno.EIO, f"files of other ranks are not as written: {'; '.join(problems[:3])}", str(folder))
@@ -355,6 +360,7 @@ class Checkpointer:
                 "step": step,
                 "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
                 "origin": self._origin,
+                "healthy": healthy,
                 "layout": self.layout,
                 "versions": {"torch": torch.__version__, "python": platform.python_version()},
                 **self.run,

@@ -223,6 +223,11 @@ def step_of(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def is_healthy(path: Path) -> bool:
+    """Of a complete checkpoint: was the run well when it was saved? One that does not say was saved by a version that never skipped."""
+    return read_manifest(path).get("healthy", True) is True
+
+
 # ------------------------------------------------------------------------------------------------------------ the folder
 
 
@@ -246,6 +251,10 @@ class Store:
     def complete(self) -> list[Path]:
         """Checkpoints with an intact manifest and all files at their sizes, newest first."""
         return [p for p in self.steps() if self.problem(p) is None]
+
+    def healthy(self) -> list[Path]:
+        """Those of `complete` that were not saved between bad steps (runtime/guard.py), newest first."""
+        return [p for p in self.complete() if is_healthy(p)]
 
     def problem(self, path: Path) -> str | None:
         """Why a checkpoint is not complete, without reading its tensors; None if it is."""
@@ -332,10 +341,13 @@ class Store:
     # ---- retention
 
     def prune(self, keep: int) -> list[Path]:
-        """Deletes complete checkpoints beyond the newest `keep`; 0 keeps all. Damaged ones neither count nor go."""
+        """Deletes complete checkpoints older than the newest `keep` healthy ones; 0 keeps all. Damaged ones neither count nor go."""
         if keep == 0:
             return []
-        old = [p for p in self.complete()[max(keep, NEVER_PRUNED) :] if not self.pinned(p)]
+        complete, healthy = self.complete(), self.healthy()[: max(keep, NEVER_PRUNED)]
+        if len(healthy) < max(keep, NEVER_PRUNED):
+            return []
+        old = [p for p in complete if step_of(p) < step_of(healthy[-1]) and not self.pinned(p)]
         for path in old:
             self.remove(path)
         return old
