@@ -122,6 +122,20 @@ def rms_norm():
         op._backward_triton(x, x, x, r, w.float(), True, True)
 
 
+@case
+def flash():
+    from kernels import flash as op
+
+    q, k, cu = half(256, 4, 256), half(256, 2, 256), torch.tensor([0, 100, 256], dtype=torch.int32)
+    seen, lse, sinks = op.spans(256, 256, cu, cu), torch.empty(4, 256).T, half(4)
+    kinds = [(64, torch.bfloat16), (128, torch.bfloat16), (256, torch.bfloat16), (80, torch.bfloat16), (128, torch.float32), (256, torch.float32)]
+    for columns, dtype in kinds:
+        x, y = q[..., :columns].to(dtype).contiguous(), k[..., :columns].to(dtype).contiguous()
+        for cap, sink in ((0.0, None), (50.0, sinks)):
+            op._forward(x, y, y, sink, seen.lo, seen.hi, 0.1, cap)
+            op._backward(x, x, y, y, sink, x, lse, *seen, 0.1, cap, True, True)
+
+
 def main(names: list[str]) -> int:
     for name in names or CASES:
         with compiling() as found:
