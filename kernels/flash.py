@@ -12,15 +12,16 @@ key head, and dk, dv are sums over them.
 A row of T query slots holds documents end to end. What a query may see is one interval of keys, [lo, hi), and both ends ascend
 along the row; causal attention of documents, windows, queries that are the last of their document's keys (context parallelism),
 documents without queries or keys: all of it is in those two vectors (`spans`). So the queries that see a key are an interval as
-well, [first, end), and a tile of either, cut without regard to documents, needs the others from the first end of its first row to
-the last end of its last one. Those that all of its rows see are taken without a mask. Grids depend on shapes alone; the host
-reads nothing. A query that sees no key has out 0, lse -inf (the sink, if there is one).
+well, [first, end). A tile of queries, cut without regard to documents, needs the keys from the lo of its first query to the hi of
+its last; a tile of keys likewise. The forward takes those keys that all of its queries see without a mask. Grids depend on shapes
+alone; the host reads nothing. A query that sees no key has out 0, lse -inf (the sink, if there is one).
 
 Four kernels: forward, one program for a tile of queries and a head; D; dq, like the forward; dk and dv, one program for a tile of
 keys and a key head. Every sum has one owner and one order: no atomics, the same bits each time. Kept for the backward: q, k, v,
 out, lse [T, N].
 
-fp32 inputs are multiplied as three products in TF32, which is close to fp32. The scale must be positive.
+fp32 inputs are multiplied in fp32, not in TF32, and so without tensor cores. Tiles are sized for the registers and the shared
+memory of an H100 or H200.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from kernels import launch
 from kernels.launch import INTERPRET, block, jit, operator, tl, triton
 
 WIDEST = 256  # columns of a head
-SHARED = 225 * 1024  # bytes that the largest of the programs needs
+SHARED = 192 * 1024  # bytes that the largest program needs
+BOTH = 128  # columns up to which a program's registers hold both dk and dv; beyond, each has programs of its own
 LOG2E = 1.4426950408889634
 
 
@@ -138,30 +140,28 @@ def unsupported(head_dim: int, dtype: torch.dtype, device: torch.device) -> str 
     if reason is None and device.type == "cuda":
         there = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
         if there < SHARED:
-            reason = f"its tiles need {SHARED >> 10} KiB of shared memory, as an H100 has, and this device has {there >> 10}"
+            reason = f"its tiles need {SHARED >> 10} KiB of shared memory and this device has {there >> 10}"
     return reason
 
 
 def tiles(kernel: str, columns: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of "forward", "dq" or "dkv" for heads of so many columns (a power of two)."""
-    return SETTINGS[kernel, dtype.itemsize][max(64, columns)]
+    """The tiles of "forward", "dq" or "dkv" for heads of so many columns (a power of two): the largest that spill no registers."""
+    return FP32[kernel] if dtype == torch.float32 else HALF[kernel][max(64, columns)]
 
 
-SETTINGS = {
-    ("forward", 2): {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 2)},
-    ("dq", 2): {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 2)},
-    ("dkv", 2): {64: Tiles(64, 128, 8, 3), 128: Tiles(64, 128, 8, 2), 256: Tiles(64, 64, 8, 1)},
-    ("forward", 4): {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(32, 32, 4, 2)},
-    ("dq", 4): {64: Tiles(64, 32, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(32, 16, 4, 1)},
-    ("dkv", 4): {64: Tiles(32, 64, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(16, 32, 4, 1)},
+FP32 = {"forward": Tiles(32, 16, 8, 1), "dq": Tiles(32, 16, 8, 1), "dkv": Tiles(16, 32, 8, 1)}
+HALF = {
+    "forward": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 32, 8, 3)},
+    "dq": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(128, 32, 8, 2)},
+    "dkv": {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(16, 128, 8, 2)},
 }
 
 
 @jit
-def _product(a, b, acc, PRECISION: tl.constexpr):
+def _product(a, b, acc):
     if INTERPRET:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @jit
@@ -169,11 +169,10 @@ def _tile(x, start, stop, stride, width, BLOCK: tl.constexpr, WIDE: tl.constexpr
     """Rows [start, start + BLOCK) of x, 0 from `stop` on and beyond its width. INSIDE: none are; EVEN: it is as wide as the block."""
     rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDE)[None, :]
     at = x + start.to(tl.int64) * stride + rows * stride + columns
-    if INSIDE:
-        if EVEN:
-            value = tl.load(at)
-        else:
-            value = tl.load(at, mask=columns < width, other=0.0)
+    if INSIDE and EVEN:
+        value = tl.load(at)
+    elif INSIDE:
+        value = tl.load(at, mask=columns < width, other=0.0)
     else:
         value = tl.load(at, mask=(start + rows < stop) & (columns < width), other=0.0)
     return value
@@ -217,12 +216,12 @@ def _logits(product, inner, CAPPED: tl.constexpr):
 @jit
 def _attend(
     tile_q, k, v, begins, ends, top, total, acc, start, keys, k_row, v_row, width, factor, inner,
-    FREE: tl.constexpr, CAPPED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
+    FREE: tl.constexpr, CAPPED: tl.constexpr, EVEN: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax. top: the largest score so far; total: the sum, relative to that. FREE: no mask."""
     tile_k = _tile(k, start, keys, k_row, width, KEYS, WIDE, FREE, EVEN)
     tile_v = _tile(v, start, keys, v_row, width, KEYS, WIDE, FREE, EVEN)
-    logits = _logits(_product(tile_q, tl.trans(tile_k), None, PRECISION), inner, CAPPED)
+    logits = _logits(_product(tile_q, tl.trans(tile_k), None), inner, CAPPED)
     if not FREE:
         at = (start + tl.arange(0, KEYS))[None, :]
         logits = tl.where((at >= begins[:, None]) & (at < ends[:, None]), logits, float("-inf"))
@@ -230,7 +229,7 @@ def _attend(
     shift = new if FREE else tl.where(new > float("-inf"), new, 0.0)  # a query may not have seen a key yet
     p = tl.exp2(logits * factor - shift[:, None])
     keep = tl.exp2(top - shift)
-    acc = _product(p.to(tile_v.dtype), tile_v, acc * keep[:, None], PRECISION)
+    acc = _product(p.to(tile_v.dtype), tile_v, acc * keep[:, None])
     return new, total * keep + tl.sum(p, 1), acc
 
 
@@ -238,8 +237,7 @@ def _attend(
 def _forward_kernel(
     q, k, v, sinks, lo, hi, out, lse, queries, keys, group, width,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, factor, inner,
-    CAPPED: tl.constexpr, SINKS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
+    CAPPED: tl.constexpr, SINKS: tl.constexpr, EVEN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     t = (tl.num_programs(1) - 1 - tl.program_id(1)) * QUERIES  # in a long document the last have the most to do
@@ -250,19 +248,20 @@ def _forward_kernel(
     tile_q = _tile(q + head * q_head, t, queries, q_row, width, QUERIES, WIDE, False, EVEN)
     top, total = tl.full((QUERIES,), float("-inf"), tl.float32), tl.zeros((QUERIES,), tl.float32)
     if SINKS:
-        top, total = tl.zeros_like(top) + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634, tl.full((QUERIES,), 1.0, tl.float32)
+        top = tl.zeros_like(total) + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634  # log2(e)
+        total += 1.0
     acc = tl.zeros((QUERIES, WIDE), tl.float32)
     for i in range(0, before + after):
         start = begin + (i + tl.where(i < before, 0, free)) * KEYS
         top, total, acc = _attend(
             tile_q, k, v, begins, ends, top, total, acc, start, keys, k_row, v_row, width, factor, inner,
-            False, CAPPED, EVEN, PRECISION, KEYS, WIDE,
+            False, CAPPED, EVEN, KEYS, WIDE,
         )  # fmt: skip
     for i in range(0, free):
         start = begin + (before + i) * KEYS
         top, total, acc = _attend(
             tile_q, k, v, begins, ends, top, total, acc, start, keys, k_row, v_row, width, factor, inner,
-            True, CAPPED, EVEN, PRECISION, KEYS, WIDE,
+            True, CAPPED, EVEN, KEYS, WIDE,
         )  # fmt: skip
     total = tl.where(total > 0.0, total, 1.0)  # of no key: 0 / 1, and -inf + log(1)
     _put(acc / total[:, None], out + head * out_head, t, queries, out_row, width, QUERIES, WIDE)
@@ -283,120 +282,88 @@ def _delta_kernel(
 
 
 @jit
-def _scores_backward(product, dp, lse, delta, seen, factor, inner, FREE: tl.constexpr, CAPPED: tl.constexpr):
-    """(p, ds by the product, but for the scale) from the product of queries and keys and that of gradients and values."""
-    logits = _logits(product, inner, CAPPED)
-    p = tl.exp2(logits * factor - lse * 1.4426950408889634)
-    if not FREE:
-        p = tl.where(seen, p, 0.0)
-    ds = p * (dp - delta)
-    if CAPPED:
-        ds *= 1.0 - logits * logits
-    return p, ds
+def _weights(logits, lse, seen, factor):
+    """p, from the log-sum-exp of all keys."""
+    return tl.where(seen, tl.exp2(logits * factor - lse * 1.4426950408889634), 0.0)
 
 
 @jit
-def _dq_step(
-    acc, tile_q, tile_g, row_lse, row_delta, k, v, begins, ends, start, keys, k_row, v_row, width, factor, inner,
-    FREE: tl.constexpr, CAPPED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    tile_k = _tile(k, start, keys, k_row, width, KEYS, WIDE, FREE, EVEN)
-    tile_v = _tile(v, start, keys, v_row, width, KEYS, WIDE, FREE, EVEN)
-    at = (start + tl.arange(0, KEYS))[None, :]
-    seen = (at >= begins[:, None]) & (at < ends[:, None])
-    product = _product(tile_q, tl.trans(tile_k), None, PRECISION)
-    dp = _product(tile_g, tl.trans(tile_v), None, PRECISION)
-    _, ds = _scores_backward(product, dp, row_lse[:, None], row_delta[:, None], seen, factor, inner, FREE, CAPPED)
-    return _product(ds.to(tile_k.dtype), tile_k, acc, PRECISION)
+def _slope(p, dp, delta, logits, CAPPED: tl.constexpr):
+    """ds by the product of queries and keys, but for the scale."""
+    ds = p * (dp - delta)
+    if CAPPED:
+        ds *= 1.0 - logits * logits
+    return ds
+
+
+@jit
+def _numbers(lse, delta, t, queries, QUERIES: tl.constexpr):
+    """lse and D of a tile of queries."""
+    rows = t + tl.arange(0, QUERIES)
+    return tl.load(lse + rows, mask=rows < queries, other=0.0), tl.load(delta + rows, mask=rows < queries, other=0.0)
 
 
 @jit
 def _dq_kernel(
     grad, q, k, v, lo, hi, lse, delta, dq, queries, keys, group, width,
-    grad_row, grad_head, q_row, q_head, k_row, k_head, v_row, v_head, dq_row, dq_head, lse_row, lse_head, scale, factor, inner,
-    CAPPED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
+    grad_row, grad_head, q_row, q_head, k_row, k_head, v_row, v_head, dq_row, dq_head, scale, factor, inner,
+    CAPPED: tl.constexpr, EVEN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     t = (tl.num_programs(1) - 1 - tl.program_id(1)) * QUERIES
-    begins, ends, begin, common, until, end = _interval(lo, hi, t, queries, QUERIES)
-    before, free, after = _steps(begin, common, until, end, KEYS)
+    begins, ends, begin, _, _, end = _interval(lo, hi, t, queries, QUERIES)
     k += head // group * k_head
     v += head // group * v_head
     tile_q = _tile(q + head * q_head, t, queries, q_row, width, QUERIES, WIDE, False, EVEN)
     tile_g = _tile(grad + head * grad_head, t, queries, grad_row, width, QUERIES, WIDE, False, EVEN)
-    row_lse, row_delta = _numbers(lse + head * lse_head, lse_row, delta + head * queries, t, queries, QUERIES)
+    row_lse, row_delta = _numbers(lse + head * queries, delta + head * queries, t, queries, QUERIES)
     acc = tl.zeros((QUERIES, WIDE), tl.float32)
-    for i in range(0, before + after):
-        start = begin + (i + tl.where(i < before, 0, free)) * KEYS
-        acc = _dq_step(
-            acc, tile_q, tile_g, row_lse, row_delta, k, v, begins, ends, start, keys, k_row, v_row, width, factor, inner,
-            False, CAPPED, EVEN, PRECISION, KEYS, WIDE,
-        )  # fmt: skip
-    for i in range(0, free):
-        start = begin + (before + i) * KEYS
-        acc = _dq_step(
-            acc, tile_q, tile_g, row_lse, row_delta, k, v, begins, ends, start, keys, k_row, v_row, width, factor, inner,
-            True, CAPPED, EVEN, PRECISION, KEYS, WIDE,
-        )  # fmt: skip
+    for i in range(0, (end - begin + KEYS - 1) // KEYS):
+        start = begin + i * KEYS
+        tile_k = _tile(k, start, keys, k_row, width, KEYS, WIDE, False, EVEN)
+        tile_v = _tile(v, start, keys, v_row, width, KEYS, WIDE, False, EVEN)
+        at = (start + tl.arange(0, KEYS))[None, :]
+        seen = (at >= begins[:, None]) & (at < ends[:, None])
+        logits = _logits(_product(tile_q, tl.trans(tile_k), None), inner, CAPPED)
+        p = _weights(logits, row_lse[:, None], seen, factor)
+        ds = _slope(p, _product(tile_g, tl.trans(tile_v), None), row_delta[:, None], logits, CAPPED)
+        acc = _product(ds.to(tile_k.dtype), tile_k, acc)
     _put(acc * scale, dq + head * dq_head, t, queries, dq_row, width, QUERIES, WIDE)
-
-
-@jit
-def _numbers(lse, lse_row, delta, t, queries, QUERIES: tl.constexpr):
-    """lse and D of a tile of queries."""
-    rows = t + tl.arange(0, QUERIES)
-    inside = rows < queries
-    return tl.load(lse + rows.to(tl.int64) * lse_row, mask=inside, other=0.0), tl.load(delta + rows, mask=inside, other=0.0)
-
-
-@jit
-def _dkv_step(
-    dk, dv, tile_k, tile_v, q, grad, lse, delta, firsts, ends, t, queries, q_row, grad_row, lse_row, width, factor, inner,
-    FREE: tl.constexpr, CAPPED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """With scores as [keys, queries], so that p and ds are left operands as they are."""
-    tile_q = _tile(q, t, queries, q_row, width, QUERIES, WIDE, FREE, EVEN)
-    tile_g = _tile(grad, t, queries, grad_row, width, QUERIES, WIDE, FREE, EVEN)
-    row_lse, row_delta = _numbers(lse, lse_row, delta, t, queries, QUERIES)
-    at = (t + tl.arange(0, QUERIES))[None, :]
-    seen = (at >= firsts[:, None]) & (at < ends[:, None])
-    product = _product(tile_k, tl.trans(tile_q), None, PRECISION)
-    dp = _product(tile_v, tl.trans(tile_g), None, PRECISION)
-    p, ds = _scores_backward(product, dp, row_lse[None, :], row_delta[None, :], seen, factor, inner, FREE, CAPPED)
-    return _product(ds.to(tile_q.dtype), tile_q, dk, PRECISION), _product(p.to(tile_g.dtype), tile_g, dv, PRECISION)
 
 
 @jit
 def _dkv_kernel(
     grad, q, k, v, first, end, lse, delta, dk, dv, queries, keys, group, width,
-    grad_row, grad_head, q_row, q_head, k_row, k_head, v_row, v_head, dk_row, dk_head, lse_row, lse_head, scale, factor, inner,
-    CAPPED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
+    grad_row, grad_head, q_row, q_head, k_row, k_head, v_row, v_head, dk_row, dk_head, scale, factor, inner,
+    K: tl.constexpr, V: tl.constexpr, CAPPED: tl.constexpr, EVEN: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0).to(tl.int64)
     s = tl.program_id(1) * KEYS
-    firsts, ends, begin, common, until, stop = _interval(first, end, s, keys, KEYS)
-    before, free, after = _steps(begin, common, until, stop, QUERIES)
+    firsts, ends, begin, _, _, stop = _interval(first, end, s, keys, KEYS)
     tile_k = _tile(k + kv_head * k_head, s, keys, k_row, width, KEYS, WIDE, False, EVEN)
     tile_v = _tile(v + kv_head * v_head, s, keys, v_row, width, KEYS, WIDE, False, EVEN)
     acc_k, acc_v = tl.zeros((KEYS, WIDE), tl.float32), tl.zeros((KEYS, WIDE), tl.float32)
     for g in range(0, group):
         head = kv_head * group + g
-        head_q, head_g = q + head * q_head, grad + head * grad_head
-        head_lse, head_delta = lse + head * lse_head, delta + head * queries
-        for i in range(0, before + after):
-            t = begin + (i + tl.where(i < before, 0, free)) * QUERIES
-            acc_k, acc_v = _dkv_step(
-                acc_k, acc_v, tile_k, tile_v, head_q, head_g, head_lse, head_delta, firsts, ends, t, queries,
-                q_row, grad_row, lse_row, width, factor, inner, False, CAPPED, EVEN, PRECISION, QUERIES, WIDE,
-            )  # fmt: skip
-        for i in range(0, free):
-            t = begin + (before + i) * QUERIES
-            acc_k, acc_v = _dkv_step(
-                acc_k, acc_v, tile_k, tile_v, head_q, head_g, head_lse, head_delta, firsts, ends, t, queries,
-                q_row, grad_row, lse_row, width, factor, inner, True, CAPPED, EVEN, PRECISION, QUERIES, WIDE,
-            )  # fmt: skip
-    _put(acc_k * scale, dk + kv_head * dk_head, s, keys, dk_row, width, KEYS, WIDE)
-    _put(acc_v, dv + kv_head * dk_head, s, keys, dk_row, width, KEYS, WIDE)
+        for i in range(0, (stop - begin + QUERIES - 1) // QUERIES):
+            t = begin + i * QUERIES
+            tile_q = _tile(q + head * q_head, t, queries, q_row, width, QUERIES, WIDE, False, EVEN)
+            tile_g = _tile(grad + head * grad_head, t, queries, grad_row, width, QUERIES, WIDE, False, EVEN)
+            row_lse, row_delta = _numbers(lse + head * queries, delta + head * queries, t, queries, QUERIES)
+            at = (t + tl.arange(0, QUERIES))[None, :]
+            seen = (at >= firsts[:, None]) & (at < ends[:, None])
+            logits = _logits(_product(tile_k, tl.trans(tile_q), None), inner, CAPPED)
+            p = _weights(logits, row_lse[None, :], seen, factor)
+            if V:
+                acc_v = _product(p.to(tile_g.dtype), tile_g, acc_v)
+            if K:
+                ds = _slope(p, _product(tile_v, tl.trans(tile_g), None), row_delta[None, :], logits, CAPPED)
+                acc_k = _product(ds.to(tile_q.dtype), tile_q, acc_k)
+    if K:
+        _put(acc_k * scale, dk + kv_head * dk_head, s, keys, dk_row, width, KEYS, WIDE)
+    if V:
+        _put(acc_v, dv + kv_head * dk_head, s, keys, dk_row, width, KEYS, WIDE)
 
 
 def _forward_fake(q, k, v, sinks, lo, hi, scale, softcap):
@@ -447,7 +414,8 @@ def _backward(
     dq, dk, dv, dsinks = _backward_fake(grad, q, k, v, sinks, out, lse, lo, hi, first, end, scale, softcap, needs_q, needs_kv)
     (queries, heads, width), (keys, kv_heads, _) = q.shape, k.shape
     grad, q, k, v, out = (_columns(x) for x in (grad, q, k, v, out))
-    way, delta = _ways(q, scale, softcap), lse.new_empty(heads, queries)
+    lse = lse.T.contiguous()
+    way, delta = _ways(q, scale, softcap), torch.empty_like(lse)
     if queries:
         size = _sizes("delta", q)
         _delta_kernel[(heads, triton.cdiv(queries, size["QUERIES"]))](
@@ -458,16 +426,17 @@ def _backward(
         size = _sizes("dq", q)
         _dq_kernel[(heads, triton.cdiv(queries, size["QUERIES"]))](
             grad, q, k, v, lo, hi, lse, delta, dq, queries, keys, heads // kv_heads, width,
-            *given, *dq.stride()[:2], *lse.stride(), scale, **way, **size,
+            *given, *dq.stride()[:2], scale, **way, **size,
         )  # fmt: skip
     if needs_kv and keys:
         size = _sizes("dkv", q)
-        _dkv_kernel[(kv_heads, triton.cdiv(keys, size["KEYS"]))](
-            grad, q, k, v, first, end, lse, delta, dk, dv, queries, keys, heads // kv_heads, width,
-            *given, *dk.stride()[:2], *lse.stride(), scale, **way, **size,
-        )  # fmt: skip
+        for which in ({"K": True, "V": True},) if size["WIDE"] <= BOTH else ({"K": True, "V": False}, {"K": False, "V": True}):
+            _dkv_kernel[(kv_heads, triton.cdiv(keys, size["KEYS"]))](
+                grad, q, k, v, first, end, lse, delta, dk, dv, queries, keys, heads // kv_heads, width,
+                *given, *dk.stride()[:2], scale, **which, **way, **size,
+            )  # fmt: skip
     if sinks is not None:
-        dsinks = -(torch.exp(sinks[:, None] - lse.T) * delta).sum(1).to(sinks.dtype)
+        dsinks = -(torch.exp(sinks[:, None] - lse) * delta).sum(1).to(sinks.dtype)
     return dq, dk, dv, dsinks
 
 
@@ -476,9 +445,14 @@ def _columns(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _wide(x: Tensor) -> int:
+    """Columns of a tile; tensor cores want 16."""
+    return max(16, block(x.shape[-1]))
+
+
 def _sizes(kernel: str, q: Tensor) -> dict[str, int]:
     """Blocks and launch options."""
-    wide = max(16, block(q.shape[-1]))
+    wide = _wide(q)
     if kernel == "delta":
         return {"QUERIES": 32, "WIDE": wide, "num_warps": 4}
     chosen = tiles(kernel, wide, q.dtype)
@@ -487,13 +461,12 @@ def _sizes(kernel: str, q: Tensor) -> dict[str, int]:
 
 def _ways(q: Tensor, scale: float, softcap: float) -> dict[str, float | bool | str]:
     """How q.k becomes a score in base 2: factor q.k, or factor tanh(q.k scale / cap), tanh(x) from 2^(inner q.k) = e^2x."""
-    wide = max(16, block(q.shape[-1]))
+    assert scale > 0, "the largest score is taken from the largest product"
     return {
         "factor": (softcap or scale) * LOG2E,
         "inner": 2 * LOG2E * scale / softcap if softcap else 0.0,
         "CAPPED": bool(softcap),
-        "EVEN": q.shape[-1] == wide,
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "ieee",
+        "EVEN": q.shape[-1] == _wide(q),
     }
 
 
