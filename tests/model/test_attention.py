@@ -276,7 +276,7 @@ def test_packed_equals_separate_on_every_backend(tmp_path, name):
             assert distance(a, b) < 1e-12, key
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["sdpa", "varlen"])
 def test_recomputation_changes_nothing(tmp_path, backend):
     arch = Arch.from_folder(write_config(tmp_path, "gemma3_text"))
     row, grads = rows(arch), []
