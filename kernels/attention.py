@@ -48,10 +48,13 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 def attention_ops() -> tuple[torch._ops.OpOverload, ...]:
     """Every operator that is the forward pass of attention, ours and torch's, as far as this torch has them: what selective
     recomputation keeps when it keeps attention."""
-    import torch.nn.attention.varlen  # registers an operator
+    import torch.nn.attention.varlen
+
+    import kernels.flash  # noqa: F401  both register operators
 
     aten = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu", "fused_attention_overrideable")
-    names = [("salamander", "varlen"), ("torch_attn", "_varlen_attn"), *(("aten", f"_scaled_dot_product_{name}") for name in aten)]
+    ours = [("salamander", name) for name in ("varlen", "flash")]
+    names = [*ours, ("torch_attn", "_varlen_attn"), *(("aten", f"_scaled_dot_product_{name}") for name in aten)]
     packets = (getattr(getattr(torch.ops, space), name, None) for space, name in names)
     return tuple(packet.default for packet in packets if packet is not None)
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kernels.flash import Spans, spans
 from kernels.regions import Ops
 from kernels.rope import rope
 from model.arch import Arch, Kind
@@ -51,6 +52,7 @@ class AttnContext:
     def __init__(self, queries: Borders, rope: list[tuple[Tensor, Tensor]], keys: Borders | None = None):
         self.queries, self.keys, self.rope = queries, keys or queries, rope
         self.masks: dict[Kind, Tensor] = {}  # [T, S] bool: may query row see key column
+        self.spans: dict[Kind, Spans] = {}  # the same as an interval for each query, and for each key
         self.cuts: dict[tuple[int, int], AttnContext] = {}
 
     def cut(self, begin: int, end: int) -> AttnContext:
@@ -70,6 +72,10 @@ class AttnContext:
             distance = key_after[None, :] - after[:, None]
             seen = (document[:, None] == key_document[None, :]) & (distance >= 0)
             self.masks[kind] = seen & (distance < kind.size) if kind.name == "window" else seen
+
+    def make_spans(self, kind: Kind) -> None:
+        if kind not in self.spans:
+            self.spans[kind] = spans(self.queries.slots, self.keys.slots, self.queries.cu, self.keys.cu, kind.size)
 
 
 class Backend(Protocol):

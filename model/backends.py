@@ -4,9 +4,10 @@
              The reference.
     varlen   no mask: documents by their borders, memory O(T). CUDA: flash attention through torch.nn.attention.varlen.
              CPU: kernels/attention.py.
+    triton   no mask either: kernels/flash.py, an interval of keys for each query. CUDA, fp32 and any head size to 256 included.
 
-Both keep documents apart and honour windows. A backend that cannot compute a model says why and is refused; `auto` takes
-varlen where it can, else sdpa, and the report says which and why.
+All keep documents apart and honour windows. A backend that cannot compute a model says why and is refused; `auto` takes
+the first of varlen, triton and sdpa that can, and the report says which and why.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import flash
 from kernels.attention import (
     partial,
     partial_backward,
@@ -70,8 +72,22 @@ class Varlen:
         return attend(q, k, v, queries.cu, queries.longest, kind.size, scale, keys.cu, keys.longest)
 
 
-SDPA, VARLEN = Sdpa(), Varlen()
-BACKENDS = {b.name: b for b in (SDPA, VARLEN)}
+class Triton:
+    name = "triton"
+    partial, partial_backward = staticmethod(flash.partial), staticmethod(flash.partial_backward)
+
+    def unsupported(self, arch: Arch, device: torch.device, dtype: torch.dtype) -> str | None:
+        return _unknown_kind(arch) or flash.unsupported(arch.head_dim, dtype, device)
+
+    def prepare(self, ctx: AttnContext, kind: Kind) -> None:
+        ctx.make_spans(kind)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, ctx: AttnContext, kind: Kind, scale: float) -> Tensor:
+        return flash.flash(q, k, v, ctx.spans[kind], scale)
+
+
+SDPA, VARLEN, TRITON = Sdpa(), Varlen(), Triton()
+BACKENDS = {b.name: b for b in (SDPA, VARLEN, TRITON)}
 
 
 def _unknown_kind(arch: Arch) -> str | None:
@@ -85,8 +101,13 @@ def choose(name: str, arch: Arch, device: torch.device, dtype: torch.dtype) -> t
         ConfigError: the one asked for cannot compute this model on this device in this dtype.
     """
     if name == "auto":
-        reason = VARLEN.unsupported(arch, device, dtype)
-        return (VARLEN, "") if reason is None else (SDPA, f" (not varlen: {reason})")
+        reasons = []
+        for backend in (VARLEN, TRITON):
+            reason = backend.unsupported(arch, device, dtype)
+            if reason is None:
+                return backend, f" ({'; '.join(reasons)})" if reasons else ""
+            reasons.append(f"not {backend.name}: {reason}")
+        return SDPA, f" ({'; '.join(reasons)})"
     reason = BACKENDS[name].unsupported(arch, device, dtype)
     if reason is not None:
         raise ConfigError(f"cannot compute {arch.name or arch.family}: {reason}; use auto", "kernels.attention", name)

@@ -55,9 +55,10 @@ class KernelsConfig:
     """Which implementation computes an operation."""
 
     attention: Annotated[
-        Literal["auto", "sdpa", "varlen"],
-        "varlen: by document borders, memory grows with the row (CUDA: bf16 or fp16); sdpa: any device and dtype, holds a mask of "
-        "row x row; auto: varlen where it can compute the model.",
+        Literal["auto", "sdpa", "varlen", "triton"],
+        "varlen: by document borders, memory grows with the row (CUDA: bf16 or fp16); triton: the same with a kernel of our own, "
+        "on CUDA, fp32 too and head sizes that are no multiple of 8; sdpa: any device and dtype, holds a mask of row x row; auto: the "
+        "first of varlen, triton and sdpa that can compute the model.",
     ] = "auto"
     blocks: Annotated[
         Literal["auto", "fused", "separate"],

@@ -140,7 +140,7 @@ def whole_row(heads: int, kv_heads: int, window: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("window", [0, 1, 3, 7, 1000])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["sdpa", "varlen"])  # in 64-bit; triton: tests/kernels/test_flash.py
 @pytest.mark.parametrize("tile", [256, 5])
 def test_a_piece_computes_its_rows_of_the_whole(monkeypatch, backend, window, tile):
     """Queries [begin, end) against the keys before `end`: equal rows of the output, and gradients of only those rows."""
