@@ -194,7 +194,8 @@ def _dropout_torch(x: Tensor, seed: Tensor, chance: float, first: int) -> Tensor
     rows = torch.arange(x.shape[0], device=x.device)[:, None]
     columns = torch.arange(first, first + x.shape[1], device=x.device)[None]
     h = _mix(_mix(rows, seed & _LOW) ^ columns, (seed >> 32) & _LOW)
-    return torch.where(h >= _threshold(chance), x * (1 / (1 - chance)), 0.0).to(x.dtype)
+    # no cast, even to the same dtype: of a result that is an alias torch 2.11 compiles without the gradient
+    return torch.where(h >= _threshold(chance), x * (1 / (1 - chance)), 0.0)
 
 
 def _threshold(chance: float) -> int:

@@ -14,6 +14,7 @@ from model.arch import Arch, Kind
 from model.attention import AttnContext, Borders
 from model.backends import TRITON
 from model.config import KernelsConfig
+from model.transforms.ops import install
 from parallel import context
 from parallel.local import run
 from tests.kernels.close import HALF_BOUND, close, device, error, gradients, spread
@@ -220,7 +221,7 @@ def test_a_model_computes_what_it_does_with_sdpa(tmp_path):
     row = rows(arch)
     for backend in ("triton", "sdpa"):
         net = fresh(arch)
-        assert net.use_kernels(KernelsConfig(backend), "cpu", torch.float32) == f"attention: {backend}"
+        assert install(net, KernelsConfig(backend), "cpu", torch.float32)[0] == f"attention: {backend}"
         out = net(row)
         out.square().sum().backward()
         found.append([out.detach(), *(p.grad for p in net.parameters())])
