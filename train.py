@@ -531,7 +531,7 @@ def export(cfg: RunConfig, inputs: Inputs, net: Decoder, log: Log) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0 finished or stopped on request, 2 a user's error."""
+    """Runs the command line and returns the exit code: 0 finished or stopped on request, 2 a user's error, 1 steps that cannot be taken."""
     argv = sys.argv[1:] if argv is None else argv
     if {"--help", "-h"} & set(argv):
         parse_args(RunConfig, argv, prog="train.py")  # prints and ends, without importing torch

@@ -222,3 +222,16 @@ def test_operators_are_well_formed():
         torch.library.opcheck(op._sums_triton, (z, label, softcap))
         torch.library.opcheck(op._slope_triton, (z, label, lse, scale, softcap, 0.1, 0.2, 21, torch.bfloat16))
     torch.library.opcheck(op._slope_triton, (z, label, lse, None, None, 0.0, 0.0, 21, torch.float32))
+
+
+@pytest.mark.parametrize("impl", op.IMPLS)
+@pytest.mark.parametrize("budget", [None, 1])
+def test_a_gradient_that_is_not_finite_gets_through(impl, budget):
+    """A run gives a loss that is not finite a NaN gradient, to see it in the gradient's norm (runtime/guard.py)."""
+    hidden, weight, labels, _ = made(40, times=3)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    scores = op.linear_logprob(hidden, weight, labels, impl=impl, budget=budget)
+    scores.sum().backward(torch.tensor(float("nan"), device=device()))
+    assert hidden.grad[labels >= 0].isnan().all()
+    assert weight.grad.isnan().all()
