@@ -47,7 +47,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from parallel.start import Launch
+from parallel.start import Launch, process_state, this_machine
 
 BEAT_S = 0.5
 SILENT_S = 3.0  # between two looks; a rank whose beats stand still for so long does not run
@@ -68,7 +68,7 @@ class Beat:
     left: bool = False
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
-    machine: str = field(default_factory=lambda: _machine())
+    machine: str = field(default_factory=this_machine)
 
     def place(self) -> str:
         return f"{f'in step {self.step}' if self.step else 'before the first step'} on host {self.host}, pid {self.pid}"
@@ -98,15 +98,7 @@ def behind(beats: Mapping[int, Beat]) -> list[int]:
 
 def process(beat: Beat, machine: str) -> str:
     """The rank's process as `machine` sees it: "ended", "stopped", "runs", or "" if it is on another one."""
-    if not machine or beat.machine != machine:
-        return ""
-    try:
-        letter = Path(f"/proc/{beat.pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return "ended"
-    except OSError:
-        return ""
-    return {"Z": "ended", "X": "ended", "T": "stopped", "t": "stopped"}.get(letter, "runs")
+    return process_state(beat.pid) if machine and beat.machine == machine else ""
 
 
 def silent(before: Mapping[int, Beat], after: Mapping[int, Beat]) -> list[int]:
@@ -148,14 +140,6 @@ def about_peers(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _machine() -> str:
-    """Equal for processes that see each other's process ids; "" where that cannot be told."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
 
 
 def _main_thread() -> Any:

@@ -4,6 +4,9 @@ A run has two phases. Before the process group exists, ranks share only a key-va
 a world of one): reading configs, tokenizing and checking happen here, because no collective may wait for work on the
 host. `Launch.together` runs such a phase and makes an error on one rank an error on all. Then `Launch.connect` creates
 the process group (gloo for host tensors, NCCL beside it on CUDA).
+
+Nothing limits how long a phase may take, so a rank that waits for others looks whether they still are there: one whose process has
+ended on the same machine is named, and the wait is over. Of other machines the launcher knows.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -22,6 +26,7 @@ import torch.distributed as dist
 from runtime.errors import ConfigError, UserError
 
 T = TypeVar("T")
+LOOK_S = 1.0  # between looks at the processes of ranks that are waited for
 
 
 class Agreed(UserError):
@@ -30,6 +35,25 @@ class Agreed(UserError):
     def __init__(self, message: str, reporter: int):
         super().__init__(message)
         self.reporter = reporter
+
+
+def this_machine() -> str:
+    """Equal for processes that see each other's process ids; "" where that cannot be told."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def process_state(pid: int) -> str:
+    """Of a process on this machine: "ended", "stopped", "runs"; "" where that cannot be told."""
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "ended"
+    except OSError:
+        return ""
+    return {"Z": "ended", "X": "ended", "T": "stopped", "t": "stopped"}.get(letter, "runs")
 
 
 class Launch:
@@ -54,6 +78,7 @@ class Launch:
         self.holds_store = self.rank == 0 and not self.agent_holds_store
         # a restart by the same agent must not read the answers of the attempt before it
         self.attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store.set(self._process(self.rank), f"{os.getpid()} {this_machine()}")
 
     @property
     def leads_node(self) -> bool:
@@ -70,7 +95,7 @@ class Launch:
         error: BaseException | None = None
         result = None
         if leader_first and not self.leads_node:
-            self._wait(lambda: self.store.check([gate]) or self._failed(prefix))
+            self._wait(lambda: self.store.check([gate]) or self._failed(prefix), lambda: self._look(prefix))
         try:
             if not self._failed(prefix):
                 result = work()
@@ -85,7 +110,7 @@ class Launch:
         self.store.add(f"{prefix}/done", 1)
         if error is not None and not isinstance(error, UserError):
             raise error
-        self._wait(lambda: self.store.add(f"{prefix}/done", 0) >= self.world)
+        self._wait(lambda: self.store.add(f"{prefix}/done", 0) >= self.world, lambda: self._look(prefix))
         if self._failed(prefix):
             rank, ours, message = self.store.get(f"{prefix}/error").decode().split("\n", 2)
             if ours != "1":
@@ -102,12 +127,28 @@ class Launch:
     def _failed(self, prefix: str) -> bool:
         return self.store.add(f"{prefix}/failed", 0) > 0
 
+    def _process(self, rank: int) -> str:
+        return f"salamander/{self.attempt}/process{rank}"
+
+    def _look(self, prefix: str) -> None:
+        """Raises where a rank that is waited for in this phase is gone. One that failed has said so, and may be."""
+        for rank in range(self.world):
+            if self.store.check([self._process(rank)]):
+                pid, _, machine = self.store.get(self._process(rank)).decode().partition(" ")
+                gone = machine and machine == this_machine() and process_state(int(pid)) == "ended"
+                if gone and not self._failed(prefix) and self.store.add(f"{prefix}/done", 0) < self.world:
+                    phase = prefix.rpartition("/")[2]
+                    raise RuntimeError(f"rank {rank} is gone (its process {pid} ended before the first step, in phase '{phase}')")
+
     @staticmethod
-    def _wait(ready: Callable[[], bool]) -> None:
-        pause = 0.002
+    def _wait(ready: Callable[[], bool], look: Callable[[], None] = lambda: None) -> None:
+        pause, looked = 0.002, time.monotonic()
         while not ready():
             time.sleep(pause)
             pause = min(0.5, pause * 1.5)
+            if time.monotonic() > looked + LOOK_S:
+                look()
+                looked = time.monotonic()
 
     def device(self, wanted: str) -> torch.device:
         """`auto`: this rank's CUDA device if there is one, else the CPU."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+import train
 from objective import lm
 from parallel.peers import BEAT_S, SILENT_S, Beat, about_peers, behind, blame, overdue, process, silent
 from runtime.checkpoint import store
@@ -97,6 +98,36 @@ def test_killed(base, tmp_path, axes, victim):
         assert " in step " in line
     else:
         assert "meeting point" in line
+
+
+@pytest.mark.parametrize(("victim", "phase"), [(1, "identity"), (0, "inputs")])
+def test_killed_before_there_is_a_group(base, tmp_path, monkeypatch, victim, phase):
+    """Nothing limits how long a rank may read and tokenize, so those that wait for it look whether it is there."""
+    name = {"identity": "identity", "inputs": "read_inputs"}[phase]
+    work, arrived = getattr(train, name), tmp_path / "arrived"
+
+    def waits(*args):
+        if os.environ["RANK"] == str(victim):
+            arrived.touch()
+            time.sleep(100)
+        return work(*args)
+
+    monkeypatch.setattr(train, name, waits)
+    if victim == 0:  # it leads its node; the store is then torchrun's, here this process's
+        monkeypatch.setattr(launch, "free_port", lambda: store.port)
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = start(base, tmp_path / "out", SHARD)
+    while not arrived.exists():
+        assert not ranks.poll(), ranks.output()
+        time.sleep(0.01)
+    time.sleep(1)
+    assert not ranks.poll(), "a rank that is only slow is waited for"
+    ranks.signal(signal.SIGKILL, victim)
+    other = 1 - victim
+    assert ranks.wait(AFTER_S)[other] == 1
+    last = ranks.output(other).rstrip().splitlines()[-1]
+    assert f"rank {victim} is gone (its process {ranks.pids[victim]} ended before the first step, in phase '{phase}')" in last, last
 
 
 def stops_in_a_save(rank: int):
