@@ -327,7 +327,11 @@ def _value(place: Place, raw: str, types: list[Type]) -> object:
     except UnicodeEncodeError:
         raise ConfigError("is not UTF-8", f"--{dotted(place)}", where=COMMAND_LINE) from None
     except ValueError:
-        if raw[:1] in ("[", "{", '"', "'") or not types:
+        name = dotted(place)
+        if not types and raw[:1] not in ("[", "{", '"', "'"):
+            problem = f"is not its value: {name} is a section, set keys in it: --{name}.key=value"
+            raise ConfigError(problem, f"--{name}", raw, COMMAND_LINE) from None
+        if raw[:1] in ("[", "{", '"', "'"):
             hint = "shells take quotes and brackets for themselves: put the whole override in single quotes"
             raise ConfigError(f"is not valid TOML; {hint}", f"--{dotted(place)}", raw, COMMAND_LINE) from None
         value = raw

@@ -215,6 +215,7 @@ def test_overrides(write, override, key, expected):
             "command line: --lora.targets='[a]' is not valid TOML; shells take quotes and brackets for themselves: "
             "put the whole override in single quotes",
         ),
+        ("--lora=abc", "command line: --lora='abc' is not its value: lora is a section, set keys in it: --lora.key=value"),
         ("--data.sources.path=x", "command line: --data.sources.path: elements have an index: --data.sources.0.path"),
         ("--data.sources.7.path=x", "command line: --data.sources.7: no such element; the next free index is 1"),
         ("--data.sources.1.weight=2", "command line: data.sources.1.path: missing (A file); write --data.sources.1.path=text"),
