@@ -14,6 +14,7 @@ from model.arch import Arch, Kind
 from model.attention import AttnContext, Borders
 from model.backends import TRITON
 from model.config import KernelsConfig
+from model.decoder import Row
 from model.transforms.ops import install
 from parallel import context
 from parallel.local import run
@@ -218,10 +219,10 @@ def test_a_model_computes_what_it_does_with_sdpa(tmp_path):
     changes = {"head_dim": 12, "initializer_range": 0.2, **layers}
     arch, found = Arch.from_folder(write_config(tmp_path, "gemma3_text", **changes)), []
     assert {kind.name for kind in arch.kinds} == {"full", "window"}
-    row = rows(arch)
+    row = Row(*(x.to(device()) if isinstance(x, torch.Tensor) else x for x in rows(arch)))
     for backend in ("triton", "sdpa"):
-        net = fresh(arch)
-        assert install(net, KernelsConfig(backend), "cpu", torch.float32)[0] == f"attention: {backend}"
+        net = fresh(arch).to(device())
+        assert install(net, KernelsConfig(backend), device(), torch.float32)[0] == f"attention: {backend}"
         out = net(row)
         out.square().sum().backward()
         found.append([out.detach(), *(p.grad for p in net.parameters())])
