@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import lora as op
 from kernels.lora import Kind, Needs, Part
-from tests.kernels.close import close, spread
+from tests.kernels.close import close, device, spread
 
 
 def part(out: int, size: int, rank: int | None, bias: bool = False) -> Part:
@@ -43,7 +43,7 @@ RANKS = [(None, None), (3, None), (None, 5), (4, 2)]
 def test_like_each_linear_by_itself(ranks, chance):
     x, parts = spread(7, 12), [part(6, 12, ranks[0]), part(10, 12, ranks[1])]
     kinds = [Kind(2.0, chance), Kind(0.5, chance)]
-    seed = torch.tensor([12, 1 << 40]) if chance else None
+    seed = torch.tensor([12, 1 << 40], device=device()) if chance else None
     grads = [spread(7, 6), spread(7, 10)]
     leaves = [[t if t is None else t.clone().requires_grad_() for t in p] for p in parts]
     source = x.clone().requires_grad_()
@@ -73,7 +73,7 @@ def test_what_is_not_wanted_is_not_made():
 
 @pytest.mark.parametrize("impl", op.IMPLS)
 def test_dropout(impl):
-    x, seed = spread(30, 2200) + 10.0, torch.tensor(1234567890123)
+    x, seed = spread(30, 2200) + 10.0, torch.tensor(1234567890123, device=device())
     y = op.dropout(x, seed, 0.3, 0, impl)
     kept = y != 0
     assert torch.equal(y, op.dropout(x, seed, 0.3, 0, "torch"))
@@ -86,7 +86,7 @@ def test_dropout(impl):
 
 
 def test_a_part_of_the_channels_has_the_mask_of_the_whole():
-    x, seed = spread(5, 64), torch.tensor(77)
+    x, seed = spread(5, 64), torch.tensor(77, device=device())
     whole = op.dropout(x, seed, 0.5)
     for impl in op.IMPLS:
         assert torch.equal(op.dropout(x[:, 16:48], seed, 0.5, 16, impl), whole[:, 16:48])
@@ -102,4 +102,4 @@ def test_products_count_as_operations():
 
 def test_operators_are_well_formed():
     torch.library.opcheck(op.products, ([spread(5, 3), spread(5, 2)], [spread(3, 4), spread(2, 4)]))
-    torch.library.opcheck(op._dropout_triton, (spread(4, 6), torch.tensor(3), 0.5, 2))
+    torch.library.opcheck(op._dropout_triton, (spread(4, 6), torch.tensor(3, device=device()), 0.5, 2))

@@ -19,7 +19,7 @@ from model.transforms.lora import apply_lora
 from model.transforms.ops import install
 from model.transforms.trainable import apply_trainable
 from model.weights import initialize
-from tests.kernels.close import close
+from tests.kernels.close import close, device
 from tests.model.golden import GOLDEN, rows, write_config
 from tests.parallel.watch import Watch
 
@@ -33,24 +33,24 @@ def make(folder: Path, kernels: KernelsConfig, lora: LoraConfig | None, dtype: t
     if lora:
         apply_lora(net, lora)
     apply_trainable(net, lora, dtype, dtype)
-    install(net, kernels, "cpu", dtype)
+    install(net, kernels, device(), dtype)
     net.compute_dtype = dtype
-    net.to_empty(device="cpu").to(dtype)
-    net.reset_buffers("cpu")
+    net.to_empty(device=device()).to(dtype)
+    net.reset_buffers(device())
     initialize(net, 0)
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():  # B begins at zero, which would hide errors in A
         for name, p in net.named_parameters():
             if name.endswith(("lora_B.weight", "bias")):
-                p.copy_(torch.randn(p.shape, generator=g) * 0.1)
+                p.copy_(torch.randn(p.shape, generator=g).mul_(0.1))
     return net
 
 
 def results(net: Decoder, row: Row) -> dict[str, torch.Tensor]:
     """Log-probs and every gradient, for any gradients from above."""
     torch.manual_seed(5)
-    logp = net(row)
-    weights = torch.randn(logp.shape, generator=torch.Generator().manual_seed(1), dtype=logp.dtype)
+    logp = net(Row(*(x.to(device()) if isinstance(x, torch.Tensor) else x for x in row)))
+    weights = torch.randn(logp.shape, generator=torch.Generator().manual_seed(1), dtype=logp.dtype).to(device())
     (logp * weights).sum().backward()
     return {"logp": logp.detach()} | {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
