@@ -32,6 +32,10 @@ def check(cfg: Sections, axes: dict[str, int], arch: Arch, lora: LoraConfig | No
     if error := misfit(axes):
         use = nearest(cfg.parallel, math.prod(axes.values()), lambda other: misfit(other) is None)
         raise ConfigError(f"{error.message}; use {use}", error.key, error.value) from error
+    for key, value in (("offload.frozen", cfg.offload.frozen), ("tiling.mlp", cfg.tiling.mlp)):
+        if cfg.kernels.blocks == "fused" and value:
+            said = "true" if value is True else value
+            raise ConfigError(f"does not work with {key}={said}, which computes linears its own way; use auto", "kernels.blocks", "fused")
     fsdp.check(cfg.parallel, axes)
     offload.check(cfg, axes, lora)
     recompute.check(cfg)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
 
+from model.config import KernelsConfig
 from runtime.errors import ConfigError
 
 
@@ -166,6 +167,7 @@ class Sections(Protocol):
 
     parallel: ParallelConfig
     precision: PrecisionConfig
+    kernels: KernelsConfig
     recompute: RecomputeConfig
     offload: OffloadConfig
     tiling: TilingConfig

@@ -6,6 +6,8 @@ A block of a fused model (kernels/regions.py) has three ways, by what it keeps a
     mlp    everything but gate and up            those two products of the feed-forward network, about half of a block's forward
     full   its input                             the block's forward
 
+Context ranks keep keys and values of others besides, which is not counted here: parallel/recompute.py refuses them.
+
 `choose` takes memory from the cheapest place first: blocks go from `all` to `mlp` one after another until the row fits, then from `mlp`
 to `full`. Bytes are exact for what blocks keep (a test counts them); what else lives beside that is an estimate of `room`, on the safe
 side.
@@ -14,6 +16,7 @@ side.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from model.arch import Arch
@@ -57,7 +60,7 @@ def choose(slots: int, layers: int, bytes_of: dict[str, float], memory: int) -> 
     need = slots * layers * bytes_of["full"]
     if need > memory:
         raise ConfigError(
-            f"does not fit: the inputs of {layers} blocks alone take {need / GIB:.1f} GiB and {memory / GIB:.1f} GiB are there; use fewer "
+            f"does not fit: the inputs of {layers} blocks alone take {need / GIB:.3g} GiB and {memory / GIB:.3g} GiB are there; use fewer "
             "data.tokens, a larger parallel.context or parallel.tensor, or offload.activations='hidden_states' with recompute.kind='full'",
             "recompute.kind",
             "fit",
@@ -66,14 +69,15 @@ def choose(slots: int, layers: int, bytes_of: dict[str, float], memory: int) -> 
 
 
 def room(net: nn.Module, mesh: Mesh, one_block: float, compute: torch.dtype) -> int:
-    """Bytes of this device that are left for what blocks keep: nine tenths of what is free now, less weights, gradients, moments, one
-    block's passing tensors and two buffers of logits. The model is still on meta."""
-    ranks = mesh.axes["shard"] * mesh.axes["context"] * mesh.axes["tensor"]
-    resident = sum(p.numel() * (p.element_size() + (4 + 8 if p.requires_grad else 0)) for p in net.parameters()) / ranks
-    gathered = (
-        0
-        if ranks == mesh.axes["tensor"]
-        else 2 * compute.itemsize * max(sum(p.numel() for p in block.parameters()) for block in net.model.layers) / mesh.axes["tensor"]
-    )
+    """Bytes of a device that are left for what blocks keep, the fewest of any rank: nine tenths of what is free now, less weights,
+    gradients, moments, all weights once more in the compute dtype where ranks share them (not every policy gives them up between
+    passes), one block's passing tensors and two buffers of logits. The model is still on meta. A collective."""
+    tensor, shared = mesh.axes["tensor"], mesh.axes["shard"] * mesh.axes["context"]
+    numbers = sum(p.numel() for p in net.parameters()) / tensor
+    resident = sum(p.numel() * (p.element_size() + (4 + 8 if p.requires_grad else 0)) for p in net.parameters()) / tensor / shared
+    gathered = numbers * compute.itemsize if shared > 1 else 0
     free, _ = torch.cuda.mem_get_info(mesh.device)
-    return int(0.9 * free - resident - gathered - 2 * one_block - 2 * (net.logits_bytes or GIB))
+    left = torch.tensor(0.9 * free - resident - gathered - 2 * one_block - 2 * (net.logits_bytes or GIB), device=mesh.device)
+    if dist.is_initialized():  # ranks that chose differently would exchange different things
+        dist.all_reduce(left, dist.ReduceOp.MIN)
+    return int(left)

@@ -41,7 +41,16 @@ from parallel.mesh import Mesh
 from runtime.errors import ConfigError
 
 # by name, since some exist only in some versions of torch
-MATMUL = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten._scaled_mm", "aten._grouped_mm", "aten._scaled_grouped_mm")
+MATMUL = (
+    "salamander.products",
+    "aten.mm",
+    "aten.addmm",
+    "aten.bmm",
+    "aten.baddbmm",
+    "aten._scaled_mm",
+    "aten._grouped_mm",
+    "aten._scaled_grouped_mm",
+)
 COLLECTIVES = (
     "_c10d_functional.all_gather_into_tensor",
     "_c10d_functional.reduce_scatter_tensor",
@@ -68,13 +77,31 @@ def check(cfg: Sections) -> None:
         operators(save)
         if cfg.tiling.mlp and "matmul" in save:
             raise ConfigError("keeps what tiling.mlp is not to keep; leave matmul out, or use tiling.mlp=0", "recompute.save", list(save))
-    if cfg.tiling.mlp and kind in ("mlp", "mlp_8bit", "fit"):
-        raise ConfigError("chooses what the feed-forward network keeps, as tiling.mlp does; use one of them", "recompute.kind", kind)
+    if kind in ("mlp", "mlp_8bit", "fit"):
+        _check_fused(cfg)
     if kind == "budget" and (cfg.compile is None or cfg.compile.backend == "eager"):
         # aot_eager and inductor cut the graph of a block in a forward and a backward part; eager does not
         here = "" if cfg.compile is None else ", not compile.backend='eager'"
         raise ConfigError(
             f"is the compiler's choice and needs [compile]{here}; without it use recompute.kind='selective'", "recompute.kind", kind
+        )
+
+
+def _check_fused(cfg: Sections) -> None:
+    """Of the kinds that fused blocks bring about themselves."""
+    kind = cfg.recompute.kind
+    if cfg.tiling.mlp:
+        raise ConfigError("chooses what the feed-forward network keeps, as tiling.mlp does; use one of them", "recompute.kind", kind)
+    if cfg.offload.frozen:
+        raise ConfigError("needs fused blocks, which offload.frozen turns off; use recompute.kind='full'", "recompute.kind", kind)
+    if cfg.compile is not None:
+        # measured: the compiler finds the same product in forward and backward, and keeps the first
+        raise ConfigError("is undone by [compile], which keeps what is computed twice; use recompute.kind='budget'", "recompute.kind", kind)
+    if kind == "fit" and cfg.parallel.context > 1:
+        raise ConfigError(
+            "does not know what parallel.context keeps of other ranks' keys and values; use recompute.kind='mlp' or 'full'",
+            "recompute.kind",
+            kind,
         )
 
 
@@ -113,7 +140,7 @@ def _fit(net: nn.Module, mesh: Mesh, cfg: RecomputeConfig, compute: torch.dtype,
     bytes_of = {way: fit.kept(net.arch, way, compute, mesh.axes["tensor"], low) for way in fit.WAYS}
     if cfg.gib == 0 and mesh.device.type != "cuda":
         raise ConfigError("is needed by recompute.kind='fit' on a CPU: GiB for what blocks keep", "recompute.gib", cfg.gib)
-    memory = int(cfg.gib * fit.GIB) or fit.room(net, mesh, slots * bytes_of["all"], compute)
+    memory = int(cfg.gib * fit.GIB) if cfg.gib else fit.room(net, mesh, slots * bytes_of["all"], compute)
     ways = fit.choose(slots, len(blocks), bytes_of, memory)
     for block, way in zip(blocks, ways):
         if way == "mlp":
@@ -121,8 +148,8 @@ def _fit(net: nn.Module, mesh: Mesh, cfg: RecomputeConfig, compute: torch.dtype,
         elif way == "full":
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     counts = ", ".join(f"{ways.count(way)} keep {what}" for way, what in SAID.items() if way in ways)
-    total = slots * sum(bytes_of[way] for way in ways) / fit.GIB
-    return f"recompute: fit, of {len(blocks)} blocks {counts}: {total:.2f} of {memory / fit.GIB:.2f} GiB"
+    total = slots * sum(bytes_of[way] for way in ways)
+    return f"recompute: fit, of {len(blocks)} blocks {counts}: {total / fit.GIB:.3g} of {memory / fit.GIB:.3g} GiB"
 
 
 def operators(save: tuple[str, ...]) -> frozenset[OpOverload]:

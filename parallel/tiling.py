@@ -44,7 +44,7 @@ def apply(net: nn.Module, cfg: TilingConfig, ranks: int) -> list[str]:
     networks = [m for m in net.modules() if isinstance(m, FeedForward)]
     for ffn in networks:
         ffn.impl = Tiled(max(1, cfg.mlp // ranks), ranks)
-    return [f"tiling: {cfg.mlp} slots at a time in {len(networks)} feed-forward networks"]
+    return [f"tiling: {cfg.mlp} slots at a time in {len(networks)} feed-forward networks, not fused"]
 
 
 class Tiled:

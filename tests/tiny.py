@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.config import KernelsConfig
 from parallel.config import CompileConfig, OffloadConfig, ParallelConfig, PrecisionConfig, RecomputeConfig, TilingConfig
 
 TEMPLATE = (
@@ -41,6 +42,7 @@ class Sections:
 
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    kernels: KernelsConfig = KernelsConfig()
     recompute: RecomputeConfig = RecomputeConfig()
     offload: OffloadConfig = OffloadConfig()
     tiling: TilingConfig = TilingConfig()

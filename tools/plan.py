@@ -251,7 +251,7 @@ def as_planned(cfg: RunConfig) -> RunConfig:
     """
     if cfg.recompute.kind == "fit":
         raise ConfigError(
-            "is chosen from the memory that a GPU has left; plan with 'none', 'mlp' and 'full', among which it chooses",
+            "is chosen when a run starts; plan with 'none', 'mlp' and 'full', among which it chooses",
             "recompute.kind",
             "fit",
         )

@@ -52,7 +52,7 @@ def test_a_model_has_the_same_loss_and_gradients(folders, family, lora):
     for tile in (20, 64, 191, 192, 1000):
         net = model(folders[family], None, lora, "none")
         assert tiling.apply(net, TilingConfig(mlp=tile), 1) == [
-            f"tiling: {tile} slots at a time in {len(net.model.layers)} feed-forward networks"
+            f"tiling: {tile} slots at a time in {len(net.model.layers)} feed-forward networks, not fused"
         ]
         assert max(errors(net, want, micro)) < 1e-6
         assert net.state_dict().keys() == want.state_dict().keys()
