@@ -88,4 +88,5 @@ def test_small_models_can_be_shared_and_are_of_the_same_kind(folder, axes):
 def test_the_reference_uses_nothing_of_the_layout():
     words = ["--recompute.kind=full", "--offload.activations=cpu", "--tiling.mlp=16", "--compile.backend=eager"]
     cfg = selfcheck.plain(load(RunConfig, ROOT / "train_configs/debug/context.toml", words))
-    assert vars(Sections()).items() <= {k: v for k, v in vars(cfg).items() if k != "x"}.items() and cfg.kernels.attention == "sdpa"
+    assert all(getattr(cfg, name) == value for name, value in vars(Sections(kernels=cfg.kernels)).items())
+    assert set(vars(cfg.kernels).values()) == {"sdpa", "separate", "torch"}

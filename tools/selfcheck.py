@@ -83,7 +83,7 @@ def plain(cfg: RunConfig) -> RunConfig:
         offload=OffloadConfig(),
         tiling=TilingConfig(),
         compile=None,
-        kernels=KernelsConfig(attention="sdpa"),
+        kernels=KernelsConfig("sdpa", "separate", norm="torch", rope="torch", glu="torch", head="torch", dropout="torch"),
     )
 
 
