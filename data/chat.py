@@ -2,7 +2,7 @@
 
 A chat template is a jinja program that comes with the model, so it is a stranger's program. It runs in jinja's immutable
 sandbox with the settings that transformers gives it (so the same text comes out), today's date replaced by a fixed one, and
-bounds on what it may produce.
+bounds on what it may produce and how long it may work. (Memory is bounded for all of a run's reading, in data/prepare.py.)
 
 Which characters are trained. A template is rendered once per conversation, on messages whose strings are `Text`: strings in
 every respect, but each remembers which message it came from, through concatenation, slicing, stripping, splitting and the
@@ -28,8 +28,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import date, datetime, time
+from datetime import date, datetime
+from datetime import time as midnight
 from pathlib import Path
+from time import thread_time
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes, pass_eval_context
 from jinja2.compiler import CodeGenerator
@@ -40,9 +42,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from data.sample import BadRecord
 from data.tokenizer import Tokenizer, read_template
-from runtime.errors import DataError, ModelError
+from runtime.errors import DataError, ModelError, clean
 
 MAX_OUTPUT = 16 << 20  # characters that a template may write; jinja's sandbox bounds range() to 100,000 by itself
+MAX_SECONDS = 1.0  # of this thread's processor, for one conversation; a long one takes some milliseconds
+MAX_BITS = 1 << 14  # of an integer
 GENERATION = -1  # the source of text inside {% generation %}
 _GENERATED = "generation block"  # the filter behind such a block; no template can write a name with a space
 _DICT = frozenset(dir(dict))
@@ -198,6 +202,12 @@ class _Code(CodeGenerator):
             self.write("), ")
         self.write("))")
 
+    def blockvisit(self, nodes, frame):
+        """Bodies of loops begin by looking at the clock."""
+        if frame.loop_frame:
+            self.writeline("environment.tick()")
+        super().blockvisit(nodes, frame)
+
 
 class _Raised(TemplateError):
     """The template called raise_exception."""
@@ -211,8 +221,23 @@ class _Environment(ImmutableSandboxedEnvironment):
     def __init__(self, today: date):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
         del self.globals["lipsum"]
-        self.globals |= {"raise_exception": _raise, "strftime_now": datetime.combine(today, time()).strftime}
+        self.globals |= {"raise_exception": _raise, "strftime_now": datetime.combine(today, midnight()).strftime}
         self.filters |= {"tojson": _tojson, "join": _join, _GENERATED: _generated}
+        self.start()
+
+    def start(self) -> None:
+        """A conversation begins."""
+        self._ticks, self._until = 0, thread_time() + MAX_SECONDS
+
+    def tick(self) -> None:
+        """Called once for each turn of a loop and each call."""
+        self._ticks += 1
+        if not self._ticks & 127 and thread_time() > self._until:
+            raise SecurityError(f"it works for more than {MAX_SECONDS:g} s")
+
+    def call(self, /, *args, **kwargs):
+        self.tick()
+        return super().call(*args, **kwargs)
 
     def getattr(self, obj, attribute):
         """`obj.attribute`, which in templates is mostly `message.role`: a key, as dicts have no such attribute."""
@@ -226,6 +251,10 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise SecurityError(f"more than {MAX_OUTPUT} characters were written")
         if operator == "**" and isinstance(right, (int, float)) and right > 64:
             raise SecurityError("an exponent is above 64")
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+            if bits > MAX_BITS:
+                raise SecurityError(f"an integer has more than {MAX_BITS} bits")
         return super().call_binop(context, operator, left, right)
 
 
@@ -269,13 +298,16 @@ class _Template:
         """The text, a Text where messages are marked. Raises BadRecord with the template's own words."""
         variables = {**self._variables, "messages": messages, "tools": tools, "add_generation_prompt": prompt}
         template = self._template
+        template.environment.start()
         try:
             # template.new_context would merge the globals, a chain of dicts, anew for every conversation.
             context = new_context(template.environment, template.name, template.blocks, variables, True, self._globals)
             return join(template.root_render_func(context))
         except _Raised as error:
             raise BadRecord(f"the chat template refuses it: {_one_line(error)}") from None
-        except (TemplateError, RecursionError, MemoryError) as error:
+        except MemoryError:
+            raise BadRecord("the chat template needs too much memory") from None
+        except (TemplateError, RecursionError) as error:
             raise BadRecord(f"the chat template fails: {_one_line(error)}") from None
         except Exception as error:  # a template is a program: whatever it does wrong is the data's or the template's fault
             raise BadRecord(f"the chat template fails: {type(error).__name__}: {_one_line(error)}") from None
@@ -334,7 +366,7 @@ def _any_of(texts: Iterable[str]) -> re.Pattern:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return clean(error) or type(error).__name__
 
 
 # -------------------------------------------------------------------------------------------------------------------- chat
@@ -365,9 +397,12 @@ class Chat:
         for name, source in self.sources.items():
             try:
                 self._templates[name] = _Template(source, today, known | (variables or {}), special, stop)
-            except TemplateSyntaxError as error:
+            except (TemplateSyntaxError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
+                # jinja writes Python and has it compiled; some of what it lets pass is refused only there
+                line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
                 where = DataError if template else ModelError
-                raise where(f"the chat template is not valid jinja: line {error.lineno}: {_one_line(error)}", template) from None
+                reason = "it needs too much memory" if isinstance(error, MemoryError) else f"{line}{_one_line(error)}"
+                raise where(f"the chat template is not valid jinja: {reason}", template) from None
 
     def _choose(self, tools: list | None) -> _Template:
         """As transformers does: the template named tool_use for conversations with tools, if there is one."""

@@ -7,6 +7,9 @@ span only, so the library is asked for those two instead of turning every token'
 The cache is keyed by content: the bytes of the files, the format and everything it depends on, the tokenizer. The limit on
 length is not in the key: it is applied to the index, so that trying another one costs nothing. Nor is the limit on records that
 are wrong, where these are left out: what was left out is kept with the tokens.
+
+Files and templates may be a stranger's, and there are too many ways for a template to ask for memory to bound each. So all of this
+works under a limit on what the process may have beside what it has (`_bounded_memory`): beyond it, Python raises MemoryError.
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import resource
 import sys
 from array import array
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +44,8 @@ CODE_VERSION = 1  # of everything between a file's bytes and its tokens: raise i
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_RECORDS = 4096
 _FIRST_BAD, _BAD_KINDS = 5, 20  # of records that were left out: how many are named, how many kinds of reasons are told apart
+MEMORY = 4 << 30  # bytes that reading may take, and several times the size of a file that is held in memory, at least in parts
+_IN_PARTS = (".json", ".parquet")
 _MANY_SPANS = 16  # above, offsets of all tokens are cheaper than searching for each span
 
 
@@ -59,7 +66,8 @@ def prepare(
     origins = []
     for source, name in zip(sources, _names(sources)):
         files = find_files(source)
-        form = formats.build(cfg, source, tokenizer)
+        with _bounded_memory(MEMORY):
+            form = formats.build(cfg, source, tokenizer)
         key = _key(files, form.key, tokenizer, cfg.on_bad)
         bar = tqdm(
             total=sum(file.stat().st_size for file in files),
@@ -71,12 +79,30 @@ def prepare(
             mininterval=0.5 if sys.stderr.isatty() else 30,
         )
         ends = frozenset(tokenizer.special_texts.values()) | set(tokenizer.eos_ids)
-        with bar:
+        with bar, _bounded_memory(MEMORY + 8 * max((f.stat().st_size for f in files if f.suffix in _IN_PARTS), default=0)):
             work = lambda writer: _tokenize(files, form, tokenizer, writer, bar, cfg.on_bad)  # noqa: E731, B023 (called at once)
             store = find_or_make(cache, key, ends, work)
         _check_bad(store.bad, store.meta["documents"], cfg.max_bad, files)
         origins.append(Origin(name, source.weight, source.path, tuple(files), store))
     return Documents.of(origins, cfg.longest, cfg.overflow, tokenizer.pad_id, seed)
+
+
+@contextmanager
+def _bounded_memory(nbytes: int) -> Iterator[None]:
+    """What the process may have of private memory until this is left: what it has, and `nbytes`. Linux only, elsewhere no limit."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = nbytes + 1024 * int(status.partition("VmData:")[2].split()[0])
+    limit = min(one for one in (limit, soft, hard) if one != resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _names(sources: tuple[SourceConfig, ...]) -> list[str]:

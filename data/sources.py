@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.config import SourceConfig
-from runtime.errors import ConfigError, DataError
+from runtime.errors import ConfigError, DataError, clean, shown
 
 MAX_RECORD_BYTES = 64 << 20
 _BOM = b"\xef\xbb\xbf"
@@ -90,8 +90,8 @@ def _hub_files(source: SourceConfig) -> list[Path]:
         patterns = [f"*{suffix}" for suffix in READERS]
         folder = Path(snapshot_download(source.path, repo_type="dataset", revision=source.revision, allow_patterns=patterns))
     except Exception as error:  # the library has a dozen kinds, network ones among them; all mean that the data cannot be had
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"is no local file, and cannot be had from the hub: {reason[:300]}", source.path) from None
+        reason = clean(error) or type(error).__name__
+        raise DataError(f"is no local file, and cannot be had from the hub: {reason}", source.path) from None
     found = _in_folder(folder)
     names = {file: file.relative_to(folder).as_posix() for file in found}
     split = source.split or "train"
@@ -252,8 +252,9 @@ def _once(pairs: list[tuple[str, object]]) -> dict:
     """An object whose keys are all different: JSON leaves open which of two equal ones counts."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice in an object")
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"key {shown(twice)} appears twice in an object")
     return value
 
 

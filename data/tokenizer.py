@@ -22,7 +22,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Pipeline
 
-from runtime.errors import DataError, ModelError
+from runtime.errors import DataError, ModelError, clean
 
 _CONVERT = "python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')\""
 
@@ -66,7 +66,7 @@ class Tokenizer:
         try:
             pipeline = Pipeline.from_buffer(data)
         except Exception as error:  # the library raises plain Exception
-            raise ModelError(f"is not a tokenizer: {' '.join(str(error).split())[:200]}", path) from None
+            raise ModelError(f"is not a tokenizer: {clean(error, 200)}", path) from None
         config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
         _add_tokens(pipeline, config.get("added_tokens_decoder") or {}, folder / "tokenizer_config.json")
         _add_named(pipeline, _special_tokens(config))

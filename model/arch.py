@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from runtime.errors import ModelError
+from runtime.errors import ModelError, clean
 
 MAX_SIZE = 2**24  # no dimension of a real model comes near; beyond it config.json is damaged
 ROPES = ("default", "linear", "llama3", "yarn")
@@ -133,7 +133,7 @@ class Fields:
         self.values, self.path, self.prefix = values, path, prefix
 
     def error(self, key: str, message: str) -> ModelError:
-        shown = json.dumps(self.values[key])[:80] if key in self.values else "absent"
+        shown = clean(json.dumps(self.values[key]), 80) if key in self.values else "absent"
         return ModelError(f"{self.prefix}{key}={shown}: {message}", self.path)
 
     def _take(self, key: str, default: object, null: bool, types: tuple[type, ...], wanted: str) -> object:

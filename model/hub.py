@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from runtime.errors import ModelError
+from runtime.errors import ModelError, clean
 
 PATTERNS = ["*.json", "*.jinja", "model*.safetensors", "adapter_model.safetensors"]
 
@@ -30,5 +30,5 @@ def fetch(path: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=PATTERNS))
     except Exception as error:  # the hub client raises several families of exceptions; each means "not to be had"
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ModelError(f"no such folder, and the hub did not give it ({type(error).__name__}: {reason[:200]})", path) from error
+        reason = clean(error) or "no reason given"
+        raise ModelError(f"no such folder, and the hub did not give it ({type(error).__name__}: {reason})", path) from error

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from model.config import LoraConfig
 from model.tensor_folder import TensorFolder, listed, read_json
-from runtime.errors import ModelError
+from runtime.errors import ModelError, clean
 
 PREFIX = "base_model.model."
 STEM = "adapter_model"
@@ -130,7 +130,7 @@ def _settings(config: dict, path: Path) -> tuple[int, float, float]:
     """(rank, alpha, dropout), once nothing else in the config changes the computation."""
 
     def refuse(key: str, why: str) -> ModelError:
-        return ModelError(f"{key}={json.dumps(config.get(key))[:80]} {why}", path)
+        return ModelError(f"{key}={clean(json.dumps(config.get(key)), 80)} {why}", path)
 
     if config.get("peft_type") != "LORA":
         raise refuse("peft_type", "is not supported; only LORA is")

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from runtime.errors import ModelError, UserError
+from runtime.errors import ModelError, UserError, shown
 
 DTYPES = {
     "F64": torch.float64,
@@ -103,7 +103,7 @@ def confined(folder: Path, name: str, named_by: Path) -> Path:
         ModelError: it lies elsewhere, is missing, or is no regular file.
     """
     if name != os.path.basename(name) or not name.endswith(".safetensors") or "\\" in name or "\0" in name:
-        raise ModelError(f"names {name[:80]!r}; only .safetensors files of its own folder are read", named_by)
+        raise ModelError(f"names {shown(name)}; only .safetensors files of its own folder are read", named_by)
     home, real = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / name))
     in_hub_cache = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
     if real.parent != home and not in_hub_cache:

@@ -12,6 +12,7 @@ import os
 import re
 from pathlib import Path
 
+MAX_LINE = 2000  # characters of a message
 _ABSENT = object()
 _SECRET_NAME = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD)$", re.IGNORECASE)
 _SECRET_SHAPE = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{30,}\b")
@@ -30,12 +31,24 @@ def redact(text: str) -> str:
     return _SECRET_SHAPE.sub("***", text)
 
 
-def _shown(value: object) -> str:
+def clean(text: object, limit: int = 300) -> str:
+    """Somebody else's message within one of ours: on one line, without secrets (looked for before anything is cut off), and short."""
+    text = " ".join(redact(str(text)).split())
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def shown(value: object) -> str:
     """`value` for a message: on one line, spelled as in TOML where that differs, and short."""
     if isinstance(value, bool):
         return str(value).lower()
     text = redact(value.isoformat() if hasattr(value, "isoformat") else repr(value))  # before half of a secret is cut off
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _one_line(text: str) -> str:
+    """`text` without secrets as one line that is not endless, whatever names and values of strangers it quotes."""
+    text = redact(text).replace("\n", "\\n").replace("\r", "\\r")
+    return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 :]}"
 
 
 class UserError(Exception):
@@ -44,7 +57,7 @@ class UserError(Exception):
     exit_code = 2
 
     def __str__(self) -> str:
-        return redact(super().__str__())
+        return _one_line(super().__str__())
 
 
 class ConfigError(UserError):
@@ -76,8 +89,8 @@ class ConfigError(UserError):
         elif self.value is _ABSENT:
             text = f"{self.key}: {self.message}"
         else:
-            text = f"{self.key}={_shown(self.value)} {self.message}"
-        return redact(f"{self.where}: {text}" if self.where else text)
+            text = f"{self.key}={shown(self.value)} {self.message}"
+        return _one_line(f"{self.where}: {text}" if self.where else text)
 
 
 class DataError(UserError):

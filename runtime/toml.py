@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, redact
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -144,7 +144,7 @@ def key_text(key: str | int) -> str:
 def dotted(place: Place) -> str:
     """A key for messages: `data.sources.0.path`; cut where someone's key is absurdly long."""
     text = ".".join(key_text(part) for part in place)
-    return text if len(text) <= 120 else text[:117] + "..."
+    return text if len(text) <= 120 else redact(text)[:117] + "..."
 
 
 def display(path: Path) -> str:

@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +109,7 @@ def start(argv: Sequence[str], world: int, logs: Path, nodes: Sequence[tuple[int
             except SystemExit as e:
                 code = e.code if isinstance(e.code, int) else 1
             except BaseException:
-                traceback.print_exc()
+                sys.excepthook(*sys.exc_info())  # which the run's log may have replaced
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()

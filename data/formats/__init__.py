@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from data.sample import BadRecord, Sample, Tokens
+from runtime.errors import shown
 
 if TYPE_CHECKING:
     from data.config import DataConfig, SourceConfig
@@ -41,7 +42,7 @@ def get(record: dict, field: str, kind: type, required: bool = True, default=Non
     value = record.get(field)
     if value is None:
         if required:
-            there = f"it has {', '.join(map(repr, list(record)[:8]))}" if record else "it has none"
+            there = f"it has {', '.join(map(shown, list(record)[:8]))}" if record else "it has none"
             problem = f"field {field!r} is null" if field in record else f"has no field {field!r} ({there}); names can be set with fields"
             raise BadRecord(problem)
         return default

@@ -22,6 +22,7 @@ from data.config import DataConfig, SourceConfig
 from data.formats import Format, as_object, get, kind_of
 from data.sample import BadRecord, Sample
 from data.tokenizer import Tokenizer
+from runtime.errors import shown
 
 ROLES = {"human": "user", "gpt": "assistant"}  # as data in the ShareGPT form calls them
 _TYPES = {"reasoning_content": str, "thinking": str, "reasoning": str, "tool_calls": list}
@@ -85,7 +86,7 @@ def _message(value: object, names: dict[str, str], roles: dict[str, str]) -> tup
     given = as_object(value)
     role, weight = get(given, names["role"], str), given.get(names["weight"])
     if weight is not None and weight not in (0, 1):
-        raise BadRecord(f"field {names['weight']!r} must be 0 or 1, got {weight!r}")
+        raise BadRecord(f"field {names['weight']!r} must be 0 or 1, got {shown(weight)}")
     message = {"role": roles.get(role, role)}
     content = given.get(names["content"])
     if type(content) is str and given.keys() == {names["role"], names["content"]}:  # as most are
@@ -97,11 +98,12 @@ def _message(value: object, names: dict[str, str], roles: dict[str, str]) -> tup
     if isinstance(content, list):
         for part in content:
             if get(as_object(part), "type", str) != "text":
-                raise BadRecord(f"has content of type {part['type']!r}; only text can be trained")
+                raise BadRecord(f"has content of type {shown(part['type'])}; only text can be trained")
             get(part, "text", str)
     elif content is None:
         if not message.get("tool_calls"):
-            raise BadRecord(f"has no field {names['content']!r} (it has {', '.join(map(repr, given))}); names can be set with fields")
+            there = ", ".join(map(shown, list(given)[:8]))
+            raise BadRecord(f"has no field {names['content']!r} (it has {there}); names can be set with fields")
     elif type(content) is not str:
         raise BadRecord(f"field {names['content']!r} must be a string, got {kind_of(content)}")
     for key in message.keys() & _TYPES.keys():

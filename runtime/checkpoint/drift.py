@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, redact
 
 Class = Literal["forbidden", "allow", "free"]
 Rule = tuple[str, Class]  # pattern of dotted keys, as for fnmatch; "identity.<key>" for fingerprints
@@ -80,5 +80,5 @@ def check(
 
 
 def _short(value: Any) -> str:
-    text = "absent" if value is _ABSENT else repr(value)
+    text = "absent" if value is _ABSENT else redact(repr(value))
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -220,13 +220,27 @@ def test_refusals(tmp_path):
     )
 
 
-def test_limits(tmp_path):
+def test_limits(tmp_path, monkeypatch):
     many = "{% for i in range(100000) %}" + "x" * 99 + "{% endfor %}"
     refuses(tmp_path / "a", many + many, TALK, "more than 16777216 characters")
     refuses(tmp_path / "b", "{{ 'x' * 999999999 }}", TALK, "more than 16777216 characters")
     refuses(tmp_path / "c", "{{ 9 ** 99 }}", TALK, "exponent")
     refuses(tmp_path / "d", "{% for i in range(1000000) %}{% endfor %}", TALK, "Range too big")
     refuses(tmp_path / "e", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", TALK, "recursion")
+    squares = "{% set ns = namespace(x=3) %}{% for i in range(40) %}{% set ns.x = ns.x * ns.x %}{% endfor %}"
+    refuses(tmp_path / "f", squares, TALK, "an integer has more than 16384 bits")
+    refuses(tmp_path / "g", "{{ (2 ** 64) ** 64 ** 9 }}", TALK, "an integer has more than")
+    monkeypatch.setattr(data.chat, "MAX_SECONDS", 0.1)
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    calls = "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(40) }}"
+    for name, endless in (("h", loops), ("i", calls)):
+        refuses(tmp_path / name, endless, TALK, "works for more than 0.1 s")
+
+
+@pytest.mark.parametrize("template", ["{% break %}", "{% continue %}", "{{ '\0' }}" + "{% if x %}" * 200, "{{ " + "(" * 5000])
+def test_what_only_python_refuses_is_not_jinja_either(tmp_path, template):
+    with pytest.raises(ModelError, match="not valid jinja"):
+        chat_for(tmp_path, template)
 
 
 @pytest.mark.parametrize(

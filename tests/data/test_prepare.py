@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import time
 from pathlib import Path
 
@@ -591,3 +592,31 @@ def test_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(DataError, match=r"cache: the cache cannot be written: .*; set data.cache to another folder"):
         make(tmp_path, tokenizer, source(path, "completion"))
+
+
+def test_memory_is_bounded(tmp_path, monkeypatch):
+    """A template that doubles a string over and over, with nothing that could be counted: an error for its record."""
+    monkeypatch.setattr(module, "MEMORY", 256 << 20)
+    double = "{% set ns = namespace(s='x' * 1000) %}{% for i in range(50) %}{% set ns.s = ns.s + ns.s %}{% endfor %}"
+    tokenizer = tokenizer_for(tmp_path / "model", double)
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns("Hi", "Hello!")}])
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the chat template needs too much memory"):
+        make(tmp_path, tokenizer, source(path, "chat"))
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    monkeypatch.setattr(module, "MEMORY", 4 << 30)
+    assert len(make(tmp_path, tokenizer_for(tmp_path / "good", "chatml"), source(path, "chat"))) == 1
+
+
+def test_long_names_and_repeated_keys_are_told_shortly(tmp_path):
+    tokenizer = tokenizer_for(tmp_path / "model", "chatml")
+    begun = time.process_time()
+    for number, text in enumerate(
+        (json.dumps({"x" * 100_000: 1}), "{" + "".join(f'"k{i}": 1, ' for i in range(200_000)) + '"k199999": 2}')
+    ):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(text)
+        with pytest.raises(DataError, match=r":1: (has no field|is not valid JSON: key 'k199999' appears twice)") as error:
+            make(tmp_path, tokenizer, source(path, "completion"))
+        assert len(str(error.value)) < 400
+    assert time.process_time() - begun < 5

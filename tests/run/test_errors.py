@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.errors import ConfigError, DataError, ModelError
 from tests import launch
 from tests.tiny import LLAMA, write_chats, write_config, write_model
 
@@ -118,3 +119,10 @@ def test_the_good_case_is_good(good, tmp_path):
     ranks = launch.run([*argv, PRETRAINED], 2, tmp_path / "logs")
     assert ranks.wait() == [0, 0], ranks.output()
     assert LLAMA["model_type"] in (tmp_path / "out" / "export" / "config.json").read_text()
+
+
+def test_a_message_is_one_line_whatever_it_quotes():
+    for error in (DataError("x\ny\r\nz", "a\nb", 3), ConfigError("is\nwrong", "a.b", "v"), ModelError("x" * 10**6 + "!")):
+        text = str(error)
+        assert not set(text) & set("\n\r") and len(text) < 2100
+    assert text.endswith("x!") and text.startswith("xxx") and " ... " in text

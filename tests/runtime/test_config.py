@@ -6,6 +6,7 @@ import random
 import string
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -296,6 +297,39 @@ def test_every_typo_of_every_key(cls, ambiguous):
     assert tried > 5000 and right / tried >= 0.99
 
 
+@pytest.mark.parametrize("each", [5, pytest.param(None, marks=pytest.mark.slow)])
+def test_every_typo_through_the_loader(pretend, each):
+    """A file of a run with one key mistyped: always an error that names the key, nearly always one that names the right one.
+
+    By default `each` typos of a key. With `-m slow` all of them, on 124 keys: 62,238 of 62,238 refused, 62,146 (99.85 %) with the right key
+    as the only suggestion. The other 92 are one edit from two keys (`beta`, `loa`, `kin`, `eshard`), and both are named.
+    """
+    root, dice, tried, right = section(RunConfig), random.Random(0), 0, 0
+    keys = _everywhere(root)
+    for place in keys:
+        siblings = {other[-1] for other in keys if other[:-1] == place[:-1]}
+        edits = sorted(typos(place[-1]) - siblings)
+        for typo in edits if each is None else dice.sample(edits, each):
+            with pytest.raises(ConfigError) as caught:
+                load(RunConfig, pretend(toml.dumps(with_key((*place[:-1], typo)))))
+            assert f"{toml.dotted((*place[:-1], typo))}: no such key" in str(caught.value)
+            tried += 1
+            right += f"did you mean {toml.dotted(place)}?" in str(caught.value)
+    print(f"{right} of {tried} = {right / tried:.4%}")
+    assert tried > 500 and right / tried >= 0.99
+
+
+def with_key(place: tuple) -> dict:
+    """A config that is right but for one key, put where `place` says."""
+    source = {"path": "x", "format": "chat"}
+    tree = {"model": {"path": "m"}, "output": {"path": "o"}, "data": {"sources": [dict(source)]}, "eval": {"sources": [dict(source)]}}
+    node = tree
+    for part, following in pairwise(place):
+        node = node[part] if isinstance(part, int) else node.setdefault(part, [{}] if following == 0 else {})
+    node[place[-1]] = 1
+    return tree
+
+
 @pytest.mark.parametrize("typo", ["l", "r", "rl", "lx", "xr", "lrr", "xlr", "lxr", "LR"])
 def test_typos_of_a_short_key(typo):
     """One edit of two characters is half of the word: similarity alone would miss these."""
@@ -386,78 +420,6 @@ def test_flatten_and_diff():
     changes = {key: (a, b) for key, a, b in diff(flatten(old), flatten(new))}
     assert changes["optim.lr"] == (2e-4, 1e-3) and changes["lora.rank"] == (16, None)
     assert changes["data.sources.0.path"] == ("a", "z") and changes["data.sources.1.path"] == (None, "b")
-
-
-VALUES = [
-    "1", "-1", "1e400", "nan", "-inf", "0x" + "f" * 40, "9" * 30, "1979-05-27T07:32:00Z", "07:32:00",
-    "true", '"x"', "'x'", '""', '"\\u0000"',
-    '"""a\nb"""', "[]", "[1, 'a']", "[[[]]]", "{}", "{a = 1}", "{kind = 'cosine'}", "[{}]", "[{path = 'x'}, 3]",
-    "[" * 70 + "]" * 70, "{a=" * 70 + "1" + "}" * 70,
-    "x", "", '"unterminated', "[1,", "{a = ", "1__0", "0b2", "'\x00'", '"\\ud800"', "é",
-]  # fmt: skip
-
-
-def test_fuzz(pretend):
-    """Thousands of damaged configs: a config or a ConfigError of one line, quickly, and nothing else."""
-    rng = random.Random(1)
-    seeds = [to_toml(full()), MINIMAL, to_toml(full()) + "[x]\n" + "".join(f"k{i} = {v}\n" for i, v in enumerate(VALUES[:3]))]
-    keys = [
-        "model",
-        "data",
-        "sources",
-        "lora",
-        "rank",
-        "schedule",
-        "kind",
-        "extends",
-        "a-b",
-        '"q k"',
-        "'l'",
-        "é",
-        "0",
-        "''",
-        "async",
-        "rename",
-    ]
-    refused = accepted = 0
-    slowest = 0.0
-    for _ in range(6000):
-        lines = rng.choice(seeds).splitlines()
-        for _ in range(rng.randrange(1, 4)):
-            i = rng.randrange(len(lines))
-            kind = rng.randrange(7)
-            if kind == 0:  # another value
-                lines[i] = f"{lines[i].split(' = ')[0]} = {rng.choice(VALUES)}"
-            elif kind == 1:  # another key
-                lines[i] = f"{'.'.join(rng.choices(keys, k=rng.randrange(1, 4)))} = {rng.choice(VALUES)}"
-            elif kind == 2:  # another table
-                name = ".".join(rng.choices(keys, k=rng.randrange(1, 4)))
-                lines.insert(i, rng.choice((f"[{name}]", f"[[{name}]]", f"[[{name}]", f"[{name}")))
-            elif kind == 3:  # lines moved or doubled
-                lines.insert(rng.randrange(len(lines)), lines[i])
-            elif kind == 4:
-                del lines[i]
-                lines = lines or [""]
-            else:  # characters changed
-                at = rng.randrange(len(lines[i]) + 1)
-                noise = rng.choice(
-                    ["", "\\", '"', "'", "=", ".", "[", "]", "{", "}", ",", "#", "\x00", "\x85", "😀", "\r", "\n", "é", "\ufeff"]
-                )
-                lines[i] = lines[i][:at] + noise + lines[i][at + rng.randrange(2) :]
-        data = "\n".join(lines).encode()
-        if rng.random() < 0.05:
-            at = rng.randrange(len(data) + 1)
-            data = data[:at] + bytes([rng.randrange(256)]) + data[at:]
-        path = pretend(data)
-        began = time.perf_counter()
-        try:
-            load(Sample, path, rng.choice(([], [], [f"--{rng.choice(keys)}.{rng.choice(keys)}={rng.choice(VALUES)}"])))
-            accepted += 1
-        except ConfigError as error:
-            refused += 1
-            assert "\n" not in str(error) and "\r" not in str(error) and len(str(error)) < 2000
-        slowest = max(slowest, time.perf_counter() - began)
-    assert accepted > 100 and refused > 3000 and slowest < 2
 
 
 def test_bombs_are_refused_quickly(write):

@@ -1,0 +1,702 @@
+"""Damaged and hostile inputs: each is loaded as what it says, or refused in one line; nothing crashes, hangs or fills the memory.
+
+    python -m tests.fuzz --configs 10000 --data 5000 --safetensors 10000 --templates 500 [--seed 0] [--out FILE]
+
+Four kinds of input, each made from good ones by `random.Random(f"{seed} {kind} {number}")`, so that any single case can be made again
+(`--first NUMBER`):
+
+    configs       TOML of runs: values, keys, tables, lines and characters changed, overrides added. Checked as far as before a run's ranks
+                  connect. Loaded: every leaf that an independent parse finds is in the config with that value.
+    data          .jsonl, .json, .csv and .txt of every format: values, keys, bytes and lines changed. Loaded: every document decodes to
+                  the text that `expected` writes of an independent parse, and trains what that says.
+    safetensors   files and indices of a model: header, header's length, end of the file, names, links. Loaded: every parameter equals
+                  the bytes that an independent parse of the file finds for it.
+    templates     chat templates: pieces cut, doubled and mixed, expressions that are wrong, and that would take all memory or time.
+                  Loaded: a text of bounded size, and what is trained of it holds every trained message.
+
+Cases run in a child process that may have `MEMORY` more address space than it starts with. This process watches it: a case that takes
+longer than `LIMIT_S` is a hang, a child that dies is a crash; either way the next child goes on with the next case. A case that raises
+anything but UserError, or one of more than a line, is a traceback. One that loads as something else is a wrong load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+import mmap
+import os
+import platform
+import random
+import re
+import resource
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import tomllib
+import torch
+
+from data import formats
+from data import prepare as preparing
+from data.chat import MAX_OUTPUT
+from data.config import DataConfig, SourceConfig
+from data.formats.instruct import ALPACA, ALPACA_INPUT
+from data.prepare import prepare
+from data.sample import TRAINED
+from data.tokenizer import Tokenizer
+from model.arch import Arch
+from model.safetensors_io import load_weights
+from model.weights import NameMap
+from parallel.apply import check
+from parallel.mesh import sizes
+from runtime.config import flatten, load, to_toml
+from runtime.errors import UserError
+from tests import tiny
+from tests.data import making
+from tests.model.folders import prepared, write_model
+from train import RunConfig
+
+LIMIT_S = 5.0  # of processor time
+ASLEEP_S = 60.0  # of the clock, for what waits instead
+MEMORY = 2 << 30
+ROOT = Path(__file__).parents[1]
+
+
+class Wrong(AssertionError):
+    """An input was loaded as something that it does not say."""
+
+
+Case = Callable[[random.Random, Path], None]
+
+
+# ----------------------------------------------------------------------------------------------------------------- configs
+
+KEYS = ["model", "data", "sources", "lora", "rank", "schedule", "kind", "extends", "a-b", '"q k"', "'l'", "é", "0", "''", "async", "roles"]
+VALUES = [
+    "1", "-1", "1e400", "nan", "-inf", "0x"+"f" * 40, "9" * 30, "1979-05-27T07:32:00Z", "07:32:00", "1979-05-27", "true", '"x"', "'x'",
+    '""', '"\\u0000"', '"""a\nb"""', "[]", "[1, 'a']", "[[[]]]", "{}", "{a = 1}", "{kind = 'cosine'}", "[{}]", "[{path = 'x'}, 3]",
+    "[" * 70+"]" * 70, "{a=" * 70+"1"+"}" * 70, "9223372036854775807", "-9223372036854775808", "0", "1e-320", "x", "", '"unterminated',
+    "[1,", "{a = ", "1__0", "0b2", "'\x00'", '"\\ud800"', "é", "2", "0.5", "1e308", '"none"', '"auto"', '"*"',
+]  # fmt: skip
+NOISE = ["", "\\", '"', "'", "=", ".", "[", "]", "{", "}", ",", "#", "\x00", "\x85", "😀", "\r", "\n", "é", "\ufeff"]
+
+
+def damaged_toml(rng: random.Random, texts: list[str]) -> bytes:
+    """One of the texts with one to three edits of lines, now and then a byte that is no UTF-8."""
+    lines, others = rng.choice(texts).splitlines(), rng.choice(texts).splitlines()
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        i = rng.randrange(len(lines))
+        kind = rng.randrange(12)
+        if kind > 8:  # the value that the key has elsewhere, or a number near its own
+            same = [line for line in others if line.split(" = ")[0] == lines[i].split(" = ")[0]]
+            lines[i] = rng.choice(same) if same else re.sub(r"\d", lambda _: str(rng.randrange(10)), lines[i], count=1)
+            continue
+        if kind in (0, 1):  # another value
+            lines[i] = f"{lines[i].split(' = ')[0]} = {rng.choice(VALUES)}"
+        elif kind == 2:  # another key
+            lines[i] = f"{'.'.join(rng.choices(KEYS, k=rng.randrange(1, 4)))} = {rng.choice(VALUES)}"
+        elif kind == 3:  # another table
+            name = ".".join(rng.choices(KEYS, k=rng.randrange(1, 4)))
+            lines.insert(i, rng.choice((f"[{name}]", f"[[{name}]]", f"[[{name}]", f"[{name}")))
+        elif kind == 4:  # lines moved or doubled
+            lines.insert(rng.randrange(len(lines)), lines[i])
+        elif kind == 5:
+            del lines[i]
+            lines = lines or [""]
+        else:  # characters changed
+            at = rng.randrange(len(lines[i]) + 1)
+            lines[i] = lines[i][:at] + rng.choice(NOISE) + lines[i][at + rng.randrange(2) :]
+    data = "\n".join(lines).encode()
+    if rng.random() < 0.05:
+        at = rng.randrange(len(data) + 1)
+        data = data[:at] + bytes([rng.randrange(256)]) + data[at:]
+    return data
+
+
+def configs(folder: Path) -> Case:
+    arch = Arch.from_folder(tiny.write_model(folder / "model"))
+    files = [path for path in sorted((ROOT / "train_configs").rglob("*.toml")) if "arch" not in path.parts]
+    texts = [to_toml(load(RunConfig, path)) for path in files]
+    texts += [text for path in files if "extends" not in (text := path.read_text(encoding="utf-8"))]
+    names = list(flatten(load(RunConfig, files[0])))
+
+    def case(rng: random.Random, here: Path) -> None:
+        data = damaged_toml(rng, texts)
+        (here / "x.toml").write_bytes(data)
+        overrides = [f"--{rng.choice(names)}={rng.choice(VALUES)}" for _ in range(rng.choice((0, 0, 0, 0, 0, 1, 2)))]
+        cfg = load(RunConfig, here / "x.toml", overrides)
+        found = flatten(cfg)
+        if not overrides:
+            for key, value in flatten(tomllib.loads(data.decode("utf-8-sig"))).items():
+                if value in ({}, []) and key not in found:  # an empty table
+                    continue
+                value = float(value) if type(found.get(key)) is float and type(value) is int else value
+                if key not in found or found[key] != value or type(found[key]) is not type(value):
+                    raise Wrong(f"{key} is {value!r} in the file and {found.get(key)!r} in the config")
+        (here / "again.toml").write_text(to_toml(cfg), encoding="utf-8")
+        if load(RunConfig, here / "again.toml") != cfg:
+            raise Wrong("its own text gives another config")
+        check(cfg, sizes(cfg.parallel, rng.choice((1, 2, 8))), arch, cfg.lora)
+
+    return case
+
+
+# -------------------------------------------------------------------------------------------------------------------- data
+
+WORDS = [
+    "hello",
+    " world",
+    "\n",
+    "naïve ",
+    "東京",
+    "😀",
+    "<|im_end|>",
+    "<|im_start|>",
+    "{{ x }}",
+    "\\",
+    '"',
+    "\t",
+    "a" * 40,
+    "  ",
+    "\u2028",
+]
+JUNK = [None, True, "a\nb", 0, 1, -1, 1.5, 10**30, "", "x", [], {}, [[]], {"a": 1}, "\ud800", "\x00", [None], "assistant", {"role": "user"}]
+FIELDS = [
+    "messages",
+    "role",
+    "content",
+    "weight",
+    "text",
+    "input_ids",
+    "labels",
+    "mask",
+    "instruction",
+    "input",
+    "output",
+    "x",
+    "attention_mask",
+]
+PIECES = [
+    b"", b"\xef\xbb\xbf", b"\r\n", b"\n", b"\n\n", b"\x00", b"\xff", b"\xc3", b"NaN", b"-Infinity", b"1e999", b"[" * 5000,
+    b'{"a":' * 2000, b'"\\ud800"', b'"\\udc00\\ud800"', b",", b"}", b"]", b'"', b"\\", b" ", b"\xe2\x80\xa8", b"9" * 5000,
+    b'"messages": [], ', b'"text": "y", ', b"null", b"{}", b"\x1a", b"\xed\xa0\x80", b"\xf4\x90\x80\x80",
+]  # fmt: skip
+
+
+def record(rng: random.Random, form: str) -> dict:
+    def text() -> str:
+        return "".join(rng.choices(WORDS, k=rng.randint(1, 6)))
+
+    if form == "chat":
+        roles = rng.choice((["user", "assistant"], ["system", "user", "assistant"], ["human", "gpt"] * 2, ["user", "assistant"] * 3))
+        return {"messages": [{"role": role, "content": text()} for role in roles]}
+    if form == "instruct":
+        return {"instruction": text(), "output": text()} | ({"input": text()} if rng.random() < 0.5 else {})
+    if form == "completion":
+        return {"text": text()}
+    ids = [rng.randrange(300) for _ in range(rng.randint(1, 9))]
+    more = rng.choice(({}, {"labels": [rng.choice((i, -100)) for i in ids]}, {"mask": [rng.randrange(2) for _ in ids]}))
+    return {"input_ids": ids, **more}
+
+
+def damaged_value(rng: random.Random, value: object) -> object:
+    """One change somewhere in a JSON value."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.75:
+        if isinstance(value, list):
+            i = rng.randrange(len(value))
+            kind = rng.randrange(5)
+            rest = value[:i] + value[i + 1 :]
+            return rest if kind == 0 else [*value, value[i]] if kind == 1 else [*value[:i], damaged_value(rng, value[i]), *value[i + 1 :]]
+        key = rng.choice(list(value))
+        kind = rng.randrange(6)
+        if kind == 0:
+            return {k: v for k, v in value.items() if k != key}
+        if kind == 1:
+            return {rng.choice(FIELDS) if k == key else k: v for k, v in value.items()}
+        if kind == 2:
+            return {**value, rng.choice(FIELDS): rng.choice(JUNK)}
+        return value | {key: damaged_value(rng, value[key])}
+    return rng.choice(JUNK)
+
+
+def damaged_file(rng: random.Random, form: str) -> tuple[str, bytes]:
+    """A suffix and a content."""
+    records: list = [record(rng, form) for _ in range(rng.randint(1, 5))]
+    while rng.random() < 0.6:
+        i = rng.randrange(len(records))
+        records[i] = damaged_value(rng, records[i])
+    suffix = rng.choice(
+        (".jsonl", ".jsonl", ".json", ".csv" if form == "instruct" else ".jsonl", ".txt" if form == "completion" else ".json")
+    )
+    ascii_only = rng.random() < 0.5 or "\\ud8" in json.dumps(records)
+    lines = [json.dumps(value, ensure_ascii=ascii_only) for value in records]
+    if suffix == ".csv":
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator=rng.choice(("\n", "\r\n")))
+        writer.writerow(["instruction", "input", "output"])
+        for value in records:
+            known = value if isinstance(value, dict) else {}
+            writer.writerow([str(known.get(name, "")).encode(errors="replace").decode() for name in ("instruction", "input", "output")])
+        data = out.getvalue().encode()
+    elif suffix == ".txt":
+        data = str(records[0]).encode(errors="replace")
+    elif suffix == ".json" and rng.random() < 0.7:
+        data = ("[" + rng.choice((", ", ",\n")).join(lines) + "]").encode()
+    else:
+        data = "".join(line + rng.choice(("\n", "\n", "\r\n", "\n\n")) for line in lines).encode()
+    while rng.random() < 0.35:
+        at, cut = rng.randrange(len(data) + 1), rng.choice((0, 0, 1, 5, 10**9 if rng.random() < 0.2 else 0))
+        data = data[:at] + rng.choice(PIECES) + data[at + cut :]
+    return suffix, data
+
+
+def parsed(suffix: str, data: bytes) -> list:
+    """The records of a file that was accepted."""
+    text = data.removeprefix(b"\xef\xbb\xbf").decode()
+    if suffix == ".txt":
+        return [{"text": text}]
+    if suffix == ".csv":
+        header, *rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+        return [dict(zip(header, row, strict=True)) for row in rows if row]
+    if suffix == ".json" and text.lstrip().startswith("["):
+        return json.loads(text)
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def expected(form: str, value: dict) -> tuple[str, str] | list[int]:
+    """What a document is to be: its text and the text that trains, or the tokens as the store keeps them.
+
+    An independent account of data/formats/ for what this file makes. KeyError and the like: the record should have been refused.
+    """
+    if form == "tokenized":
+        ids = value["input_ids"]
+        trained = [True] * len(ids)
+        if value.get("labels") is not None:
+            trained = [label != -100 for label in value["labels"]]
+        elif value.get("mask") is not None:
+            trained = [bool(mark) for mark in value["mask"]]
+        trained[0] = False  # nothing comes before it, so nothing predicts it
+        return [i + (int(TRAINED) if on else 0) for i, on in zip(ids, trained, strict=True)]
+    if form == "completion":
+        return value["text"] + "<|im_end|>", value["text"] + "<|im_end|>"
+    if form == "instruct":
+        prompt = ALPACA_INPUT if value.get("input") else ALPACA
+        prompt = prompt.replace("{instruction}", value["instruction"], 1) if not value.get("input") else prompt
+        if value.get("input"):
+            head, tail = prompt.split("{input}")
+            prompt = head.replace("{instruction}", value["instruction"], 1) + value["input"] + tail
+        return prompt + value["output"] + "<|im_end|>", value["output"] + "<|im_end|>"
+    text = trains = ""
+    for message in value["messages"]:
+        role = {"human": "user", "gpt": "assistant"}.get(message["role"], message["role"])
+        weight, body = message.get("weight"), message["content"] + "<|im_end|>"
+        assert role in ("user", "assistant", "system")
+        assert weight in (None, 0, 1)
+        text += f"<|im_start|>{role}\n{body}\n"
+        if weight == 1 and role != "assistant":
+            raise AssertionError("outside a generation block")
+        if role == "assistant" and weight != 0:
+            trains += body
+    return text, trains
+
+
+def data(folder: Path) -> Case:
+    tokenizer = Tokenizer.load(tiny.write_model(folder / "model"))
+    eos = tokenizer.eos_id
+
+    def case(rng: random.Random, here: Path) -> None:
+        form = rng.choice(list(DATA_FORMATS))
+        suffix, content = damaged_file(rng, form)
+        path = here / f"x{suffix}"
+        path.write_bytes(content)
+        source = SourceConfig(path=str(path), format=form)
+        found = prepare(DataConfig(sources=(source,), tokens=1 << 20), (source,), tokenizer, here / "cache", 0, progress=False)
+        found.check_vocabulary(1 << 20)
+        store = found.origins[0].store
+        ends = store.index["end"].tolist()
+        documents = [store.tokens[a:b] for a, b in zip([0, *ends], ends)]
+        records = parsed(suffix, content)
+        if len(records) != len(documents):
+            raise Wrong(f"{len(documents)} documents of {len(records)} records")
+        for value, tokens in zip(records, documents):
+            try:
+                wanted = expected(form, value)
+            except Exception as error:
+                raise Wrong(f"{value!r} should be refused ({type(error).__name__}: {error})") from None
+            if isinstance(wanted, list):
+                if tokens.tolist() != wanted:
+                    raise Wrong(f"{tokens.tolist()} instead of {wanted}")
+                continue
+            ids = (tokens & (TRAINED - 1)).tolist()
+            trained = [i for i, raw in zip(ids, tokens.tolist()) if raw >= TRAINED]
+            got = tokenizer.decode(ids), tokenizer.decode(trained)
+            learned = trained == ids[1:] if form == "completion" else _around(got[1], wanted[1])
+            if got[0] != wanted[0] or not learned or (form != "chat" and ids[-1] != eos):
+                raise Wrong(f"{got} instead of {wanted}")
+
+    return case
+
+
+DATA_FORMATS = ("chat", "instruct", "completion", "tokenized")
+
+
+def _around(got: str, wanted: str) -> bool:
+    """A token that overlaps a trained span is trained whole, so a few characters of the prompt may come along."""
+    return len(got) <= len(wanted) + 8 and wanted in got
+
+
+# ------------------------------------------------------------------------------------------------------------- safetensors
+
+
+def damaged_header(rng: random.Random, header: dict) -> dict:
+    """One change of the meaning of a safetensors header."""
+    name, other = rng.choice(list(header)), rng.choice([key for key in header if key != "__metadata__"])
+    entry = dict(header[other])
+    kind = rng.randrange(9)
+    if kind == 0:
+        return {
+            rng.choice((other, "model.x", "", "a\nb", "__metadata__", name + "s", "\ud83d")) if k == name else k: v
+            for k, v in header.items()
+        }
+    if kind == 1:
+        return {k: v for k, v in header.items() if k != name}
+    if kind == 2:
+        entry["dtype"] = rng.choice(("F32", "BF16", "F16", "F64", "I32", "BOOL", "U8", "F8_E4M3", "F4", "X", 3, None, "f32"))
+    elif kind == 3:
+        entry["shape"] = rng.choice(([], [0], [-1], [2**63], [2**32, 2**32], entry["shape"][::-1], [*entry["shape"], 1], [1.5], "x", None))
+    elif kind == 4:
+        entry["data_offsets"] = rng.choice(([0, 0], [-1, 3], [0, 2**63], [5, 1], [0], "x", None, [0.0, 4.0], [2**64, 2**65]))
+    elif kind == 5:
+        entry["data_offsets"] = header[rng.choice([key for key in header if key != "__metadata__"])]["data_offsets"]
+    elif kind == 6:
+        entry = rng.choice((None, [], {}, 3, {**entry, "extra": 1}, {k: v for k, v in entry.items() if k != "dtype"}))
+    elif kind == 7:
+        return header | {rng.choice(("model.layers.0.extra", "x" * 5000, "../x")): entry}
+    else:
+        return header | {"__metadata__": rng.choice((None, {}, {"format": 3}, {"format": "tf"}, [], {"a": {"b": "c"}}))}
+    return header | {other: entry}
+
+
+def damaged_weights(rng: random.Random, whole: bytes) -> bytes:
+    size = int.from_bytes(whole[:8], "little")
+    header, payload = whole[8 : 8 + size], whole[8 + size :]
+    kind = rng.randrange(6)
+    if kind < 2:
+        text = json.dumps(damaged_header(rng, json.loads(header))).encode()
+        return len(text).to_bytes(8, "little") + text + payload
+    if kind == 2:  # bytes of the header
+        header = bytearray(header)
+        for _ in range(rng.randint(1, 3)):
+            header[rng.randrange(size)] = rng.choice(b'0123456789{}[]",:xF' + bytes([rng.randrange(256)]))
+        return whole[:8] + bytes(header) + payload
+    if kind == 3:  # its length
+        claim = rng.choice((0, 1, size - 1, size + 1, 1 << 27, (1 << 64) - 1, 100_000_001, rng.randrange(1 << 20)))
+        return claim.to_bytes(8, "little") + header + payload
+    if kind == 4:  # the end of the file
+        return whole[: rng.randrange(len(whole))] if rng.random() < 0.7 else whole + bytes(rng.randrange(1, 9))
+    deep = b"[" * rng.choice((100, 100_000)) if rng.random() < 0.5 else b'{"a":' * 50_000
+    return len(deep).to_bytes(8, "little") + deep + payload
+
+
+def damaged_index(rng: random.Random, here: Path, index: dict) -> None:
+    """Changes model.safetensors.index.json, or what the names in it lead to."""
+    path, names = here / "model.safetensors.index.json", index["weight_map"]
+    name = rng.choice(list(names))
+    kind = rng.randrange(6)
+    if kind == 0:
+        bad = (
+            "../a.safetensors",
+            "/etc/passwd",
+            "",
+            ".",
+            "a\\b.safetensors",
+            "x\0.safetensors",
+            "model.bin",
+            "link.safetensors",
+            3,
+            None,
+            [],
+        )
+        names = names | {
+            name: rng.choice((*bad, "fifo.safetensors", "zero.safetensors", "/dev/zero", "a/b.safetensors", "folder.safetensors"))
+        }
+    elif kind == 1:
+        names = {rng.choice(("x", "", "a\r\nb", name + "s")) if k == name else k: v for k, v in names.items()}
+    elif kind == 2:
+        names = {k: v for k, v in names.items() if k != name}
+    elif kind == 3:
+        names = names | {name: rng.choice(list(names.values()))}
+    text = json.dumps(
+        rng.choice(({"weight_map": names}, {"metadata": {}, "weight_map": names}, {"metadata": 3, "weight_map": names}, names))
+    )
+    if kind == 4:
+        at = rng.randrange(len(text))
+        text = text[:at] + rng.choice(NOISE) + text[at + rng.randrange(3) :]
+    elif kind == 5:
+        text = rng.choice(
+            (text[: rng.randrange(len(text))], "[" * 100_000, "[]", '{"weight_map": 3}', text[:-2] + ', "' + name + '": "x"}}', "null")
+        )
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    (here / "link.safetensors").symlink_to("../model/model.safetensors")
+    (here / "zero.safetensors").symlink_to("/dev/zero")
+    (here / "folder.safetensors").mkdir()
+    os.mkfifo(here / "fifo.safetensors")
+
+
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+
+
+def said(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder, by an independent reading of its files, in fp32."""
+    import numpy as np
+
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    where = None if single.exists() else json.loads(index.read_text())["weight_map"]
+    found = {}
+    for file in {single.name} if where is None else set(where.values()):
+        whole = (folder / file).read_bytes()
+        size = int.from_bytes(whole[:8], "little")
+        for name, entry in json.loads(whole[8 : 8 + size]).items():
+            if name == "__metadata__" or (where is not None and where.get(name) != file):
+                continue
+            begin, end = entry["data_offsets"]
+            raw = whole[8 + size + begin : 8 + size + end]
+            if entry["dtype"] == "BF16":
+                values = np.frombuffer(raw, "<u2").astype("<u4") << 16
+                values = values.astype("<u4").view("<f4")
+            else:
+                values = np.frombuffer(raw, _NUMPY[entry["dtype"]]).astype("<f4")
+            found[name] = torch.from_numpy(values.copy()).reshape(entry["shape"])
+    return found
+
+
+def safetensors(folder: Path) -> Case:
+    write_model(folder / "model", num_hidden_layers=1)
+    net = prepared(folder / "model")
+    net.to_empty(device="cpu")
+    net.reset_buffers("cpu")
+    whole = (folder / "model" / "model.safetensors").read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header, payload = json.loads(whole[8 : 8 + size]), whole[8 + size :]
+    names = [name for name in header if name != "__metadata__"]
+    parts = {}
+    for i in range(2):  # the same model in two files
+        mine, text, at = {}, b"", 0
+        for name in names[i::2]:
+            begin, end = header[name]["data_offsets"]
+            mine[name] = header[name] | {"data_offsets": [at, at + end - begin]}
+            text, at = text + payload[begin:end], at + end - begin
+        front = json.dumps(mine).encode()
+        parts[f"model-{i + 1:05d}-of-00002.safetensors"] = len(front).to_bytes(8, "little") + front + text
+    index = {"weight_map": {name: list(parts)[i] for i in range(2) for name in names[i::2]}}
+    parameters = dict(net.named_parameters())
+
+    def case(rng: random.Random, here: Path) -> None:
+        if rng.random() < 0.5:
+            (here / "model.safetensors").write_bytes(damaged_weights(rng, whole))
+        else:
+            broken = rng.choice([None, *parts])
+            for name, content in parts.items():
+                (here / name).write_bytes(damaged_weights(rng, content) if name == broken else content)
+            if broken is None:
+                damaged_index(rng, here, index)
+            else:
+                (here / "model.safetensors.index.json").write_text(json.dumps(index))
+        for p in parameters.values():
+            p.data.fill_(math.nan)
+        load_weights(net, here)
+        there, map_ = said(here), NameMap.of(net, set(header))
+        for name, p in parameters.items():
+            if not torch.equal(p.data, there[map_.to_hf(name)].reshape(p.shape)):
+                raise Wrong(f"{name} is not what the file holds")
+
+    return case
+
+
+# --------------------------------------------------------------------------------------------------------------- templates
+
+BOMBS = [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+    "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+    "{% set ns = namespace(s=[1]) %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}", "{{ 'x' * 10 ** 9 }}",
+    "{{ 9 ** 9 ** 9 }}", "{{ 'x'|center(10 ** 10) }}", "{{ '%999999999d' % 1 }}", "{{ '{:>999999999}'.format(1) }}",
+    "{{ 'x'.ljust(9999999999) }}", "{{ 'x'.zfill(9999999999) }}", "{{ range(99999)|list|string|length }}", "{{ range(10 ** 9)|sum }}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
+    "{{ ('x' * 99999).replace('', 'y' * 99999) }}", "{{ 'x' * 99999999999 }}", "{{ [0] * 99999999 }}", "{{ 'a,' * 999999 | length }}",
+    "{{ (2 ** 64) ** 64 }}", "{% set x = 2 %}{% for i in range(99) %}{% set x = x * x %}{% endfor %}{{ x }}",
+    "{{ 'x'|indent(999999999) }}", "{{ messages|tojson(indent=99999999) }}", "{{ 'x'|wordwrap(1)|urlize }}",
+    "{{ ('a' * 50000)|wordwrap(1) }}", "{{ ''.join(['x' * 99999] * 99999) }}",
+    "{% set ns = namespace(x=3) %}{% for i in range(40) %}{% set ns.x = ns.x * ns.x %}{% endfor %}{{ ns.x }}",
+]  # fmt: skip
+SPARKS = [
+    "{{ messages[0].content }}", "{{ messages[99].role }}", "{{ x.y.z }}", "{{ m.content[::-1] }}", "{{ m.content|upper }}", "{{ m }}",
+    "{% if", "%}", "{{", "}}", "{% endfor %}", "{% for m in messages %}", "{% endif %}", "{% else %}", "{% generation %}",
+    "{% endgeneration %}", "{% break %}", "{{ raise_exception('no') }}", "{{ raise_exception('a\nb') }}", "{{ ''.__class__.__mro__ }}",
+    "{{ self.__init__.__globals__ }}", "{{ 1 / 0 }}", "{{ cycler.__init__.__globals__ }}", "{{ messages.append(1) }}",
+    "{{ messages|map('upper')|join }}", "{% include 'x' %}", "{% import 'os' as o %}", "{% extends 'x' %}", "{{ strftime_now('%Y') }}",
+    "{{ strftime_now(3) }}", "{{ loop.index }}", "{{ m.content.split('l')[0] }}", "{{ eos_token }}", "{{ tools|tojson }}", "{# ", " #}",
+    "{% raw %}", "{% set messages = [] %}", "{{ namespace() }}", "{{ m.content ~ m.content }}", "\x00", "\ud800", "{{ 'a' + 1 }}",
+    "{{ [1][5] }}", "{{ {}|first }}", "{{ lipsum() }}", "{% set m = m.content %}", "{{ m.content|replace('e', '') }}", "é",
+    "{{ m['role'] }}",
+]  # fmt: skip
+CHATS = [making.turns("hello", "there"), making.turns("a", " b ", "c\nd", "e", system="s"), making.turns("", "x")]
+
+
+def templates(folder: Path) -> Case:
+    base = {name: Tokenizer.load(making.write_tokenizer(folder / name, name)) for name in making.TEMPLATES}
+    mark = re.compile(r"(\{[{%].*?[%}]\})", re.DOTALL)
+    pieces = [part for text in making.TEMPLATES.values() for part in mark.split(text) if part]
+    rows = making.write_jsonl(folder / "chats.jsonl", [{"messages": messages} for messages in CHATS])
+
+    def case(rng: random.Random, here: Path) -> None:
+        preparing.MEMORY = 1 << 30  # of the child that runs this; the product's own limit is there at once
+        name = rng.choice(list(base))
+        parts = [part for part in mark.split(making.TEMPLATES[name]) if part]
+        for _ in range(rng.randint(1, 3)):
+            i = rng.randrange(len(parts) + 1)
+            bomb = rng.choice(BOMBS) if rng.random() < 0.5 else "x"
+            parts[i : i + rng.randrange(2)] = [rng.choice((rng.choice(SPARKS), rng.choice(SPARKS), rng.choice(pieces), "", bomb))]
+        text = "".join(parts)
+        if rng.random() < 0.3:
+            at = rng.randrange(len(text) + 1)
+            text = text[:at] + rng.choice(NOISE) + text[at + rng.randrange(3) :]
+        if rng.random() < 0.2:  # a message's text is changed on its way
+            text = re.sub(r"(m\.content|m\['content'\])", rng.choice((r"\1[1:]", r"\1[:-1]", r"(\1|upper)", r"\1[::-1]", "'x'")), text)
+        path = here / "t.jinja"
+        path.write_bytes(text.encode(errors="surrogatepass"))
+        source = SourceConfig(path=str(rows), format="chat")
+        cfg = DataConfig(sources=(source,), template=str(path), tokens=1 << 20)
+        found = prepare(cfg, cfg.sources, base[name], here / "cache", 0, progress=False)
+        if len(found) != len(CHATS):
+            raise Wrong(f"{len(found)} documents of {len(CHATS)} records")
+        chat = formats.build(cfg, source, base[name])
+        for messages in CHATS:
+            sample = chat.convert({"messages": messages})
+            if len(sample.text) > MAX_OUTPUT:
+                raise Wrong(f"{len(sample.text)} characters")
+            trained = "".join("".join(sample.text[a:b] for a, b in sample.spans).split())
+            for message in messages:
+                if message["role"] == "assistant" and "".join(message["content"].split()) not in trained:
+                    raise Wrong(f"{message} is not trained in {sample.text[:200]!r}")
+
+    return case
+
+
+# ---------------------------------------------------------------------------------------------------------------- campaign
+
+KINDS: dict[str, Callable[[Path], Case]] = {"configs": configs, "data": data, "safetensors": safetensors, "templates": templates}
+BAD = ("tracebacks", "wrong_loads", "hangs", "crashes")
+_STATE = struct.Struct("@qddqqqq")  # the case, when it began by the clock and by processor time; loaded, refused, tracebacks, wrong
+
+
+def campaign(kind: str, count: int, seed: int = 0, first: int = 0, log: Callable[[str], None] = print) -> dict[str, object]:
+    """Runs `count` cases of a kind; returns the counts. What went wrong is said, with the number of its case."""
+    state, begun = mmap.mmap(-1, _STATE.size), time.monotonic()
+    counts = dict.fromkeys(("loaded", "refused", *BAD), 0)
+    peak = 0.0
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        case = KINDS[kind](Path(folder))
+        number, last = first, first + count
+        while number < last:
+            _STATE.pack_into(state, 0, number, time.monotonic(), 0.0, 0, 0, 0, 0)
+            sys.stdout.flush()
+            pid = os.fork()
+            if pid == 0:
+                _child(kind, case, number, last, seed, Path(folder), state, log)
+            status, usage, looks = None, None, 0
+            while status is None:
+                time.sleep(0.02)
+                seen, (number, since, worked, *_) = number, _STATE.unpack_from(state)
+                late = _processor_s(pid) - worked > LIMIT_S or time.monotonic() - since > ASLEEP_S
+                looks = looks + 1 if late and seen == number else 0  # twice, as one look may fall between the writes of two cases
+                if looks == 2:
+                    os.kill(pid, signal.SIGKILL)
+                done, code, usage = os.wait4(pid, 0 if looks == 2 else os.WNOHANG)
+                if done:
+                    status = os.waitstatus_to_exitcode(code)
+            number, _, _, *some = _STATE.unpack_from(state)
+            for name, n in zip(("loaded", "refused", "tracebacks", "wrong_loads"), some):
+                counts[name] += n
+            peak = max(peak, usage.ru_maxrss / 1024)
+            if number < last:  # it did not come to its end
+                counts["hangs" if looks == 2 else "crashes"] += 1
+                what = f"works for more than {LIMIT_S:g} s" if looks == 2 else f"the process ended with {status}"
+                log(f"{kind} {number}: {what}")
+                number += 1
+    return {"cases": count, **counts, "peak_mib": round(peak), "seconds": round(time.monotonic() - begun, 1)}
+
+
+def _processor_s(pid: int) -> float:
+    """What a child has used of processors."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _child(kind: str, case: Case, number: int, last: int, seed: int, folder: Path, state: mmap.mmap, log: Callable[[str], None]) -> None:
+    """Runs cases from `number` on; never returns."""
+    torch.set_num_threads(1)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    loaded = refused = broken = wrong = 0
+    here = folder / "case"
+    for number in range(number, last):  # noqa: B020
+        _STATE.pack_into(state, 0, number, time.monotonic(), time.process_time(), loaded, refused, broken, wrong)
+        shutil.rmtree(here, ignore_errors=True)
+        here.mkdir()
+        try:
+            case(random.Random(f"{seed} {kind} {number}"), here)
+            loaded += 1
+        except UserError as error:
+            refused += 1
+            if "MemoryError" in str(error):
+                broken += 1
+                log(f"{kind} {number}: nothing but this test's limit bounded the memory: {error}")
+            if "\n" in str(error) or "\r" in str(error) or not str(error) or len(str(error)) > 2100:
+                broken += 1
+                log(f"{kind} {number}: not one line: {str(error)[:300]!r}")
+        except Wrong as error:
+            wrong += 1
+            log(f"{kind} {number}: wrong load: {error}")
+        except BaseException:
+            broken += 1
+            log(f"{kind} {number}: {traceback.format_exc()}")
+    _STATE.pack_into(state, 0, last, time.monotonic(), time.process_time(), loaded, refused, broken, wrong)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Damaged and hostile inputs; see the module.")
+    for kind in KINDS:
+        parser.add_argument(f"--{kind}", type=int, default=0, help=f"how many cases of {kind}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--out", type=Path, help="a JSON file for the counts")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    wanted = {kind: getattr(args, kind) for kind in KINDS if getattr(args, kind)}
+    about = {"command": "python -m tests.fuzz " + " ".join(f"--{kind} {n}" for kind, n in wanted.items()), "date": date.today().isoformat()}
+    about |= {"machine": f"{os.cpu_count()} CPU cores", "torch": torch.__version__, "python": platform.python_version(), "seed": args.seed}
+    found = {kind: campaign(kind, n, args.seed, args.first) for kind, n in wanted.items()}
+    for kind, counts in found.items():
+        print(f"{kind}: {counts}")
+    if args.out:
+        args.out.write_text(json.dumps(about | {"limit_s": LIMIT_S, "memory_mib": MEMORY >> 20, "kinds": found}, indent=1) + "\n")
+    return 1 if any(counts[bad] for counts in found.values() for bad in BAD) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
