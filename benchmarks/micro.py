@@ -87,8 +87,9 @@ def backends(shape: Shape, tokens: int, device: torch.device) -> dict[str, Way]:
     found = {f"ours {name}": partial(attend, name, ctx=ctx) for name in BACKENDS}
     if tokens > 8192:
         del found["ours sdpa"]
-    else:
-        ctx.make_mask(Kind())
+    for name, backend in BACKENDS.items():
+        if f"ours {name}" in found:
+            backend.prepare(ctx, Kind())
     return found
 
 
