@@ -7,8 +7,9 @@ Four kinds of input, each made from good ones by `random.Random(f"{seed} {kind} 
 
     configs       TOML of runs: values, keys, tables, lines and characters changed, overrides added. Checked as far as before a run's ranks
                   connect. Loaded: every leaf that an independent parse finds is in the config with that value.
-    data          .jsonl, .json, .csv and .txt of every format: values, keys, bytes and lines changed. Loaded: every document decodes to
-                  the text that `expected` writes of an independent parse, and trains what that says.
+    data          .jsonl, .json, .csv and .txt of every format: values, keys, bytes and lines changed; what is wrong is an error or left
+                  out. Loaded: every document decodes to the text that `expected` writes of an independent parse of its record, and
+                  trains what that says.
     safetensors   files and indices of a model: header, header's length, end of the file, names, links. Loaded: every parameter equals
                   the bytes that an independent parse of the file finds for it.
     templates     chat templates: pieces cut, doubled and mixed, expressions that are wrong, and that would take all memory or time.
@@ -320,12 +321,15 @@ def data(folder: Path) -> Case:
         path = here / f"x{suffix}"
         path.write_bytes(content)
         source = SourceConfig(path=str(path), format=form)
-        found = prepare(DataConfig(sources=(source,), tokens=1 << 20), (source,), tokenizer, here / "cache", 0, progress=False)
+        skip = suffix == ".jsonl" and rng.random() < 0.4  # leave out what is wrong, and train the rest
+        cfg = DataConfig(sources=(source,), tokens=1 << 20, on_bad="skip" if skip else "error", max_bad=0.9)
+        found = prepare(cfg, (source,), tokenizer, here / "cache", 0, progress=False)
         found.check_vocabulary(1 << 20)
         store = found.origins[0].store
         ends = store.index["end"].tolist()
         documents = [store.tokens[a:b] for a, b in zip([0, *ends], ends)]
-        records = parsed(suffix, content)
+        lines = content.split(b"\n")
+        records = [parsed(suffix, lines[n - 1])[0] for n in store.index["line"]] if skip else parsed(suffix, content)
         if len(records) != len(documents):
             raise Wrong(f"{len(documents)} documents of {len(records)} records")
         for value, tokens in zip(records, documents):

@@ -197,7 +197,7 @@ def test_failing_rank(base, tmp_path, monkeypatch):
     assert "rank 1 failed: ValueError: the moon is full" in line
     assert ranks.codes[1] == 1
     assert "Traceback" in (out / "logs" / "rank_1.log").read_text()
-    assert "Traceback" in ranks.output(1)
+    assert ranks.output(1).startswith(f"rank 1: ValueError: the moon is full (traceback in {out / 'logs' / 'rank_1.log'})")
     assert "error: " not in ranks.output(1)
 
 
