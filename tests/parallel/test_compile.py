@@ -330,7 +330,7 @@ def test_the_order_is_tiling_recompute_compile(folders):
     cfg = Sections(compile=CompileConfig(), recompute=ATTENTION, tiling=TilingConfig(mlp=64))
     ((said, nested),) = run(order, 1, folders["gemma3_text"], cfg)
     assert nested
-    assert said[0] == "tiling: 64 slots at a time in 4 feed-forward networks"
+    assert said[0] == "tiling: 64 slots at a time in 4 feed-forward networks, not fused"
     assert said[1].startswith("recompute: selective, keeps attention")
     assert said[2] == "compile: 4 blocks, inductor"
     ((said, nested),) = run(order, 1, folders["gemma3_text"], replace(cfg, recompute=RecomputeConfig("budget")))
