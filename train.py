@@ -33,6 +33,7 @@ from runtime.sections import CheckpointConfig, LogConfig
 if TYPE_CHECKING:
     import torch
 
+    from data.batch import Batch
     from data.prepare import Documents
     from data.tokenizer import Tokenizer
     from model.arch import Arch
@@ -352,6 +353,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
     from parallel.apply import check
     from parallel.context import split
     from parallel.fsdp import last_backward
+    from parallel.graph import check_device, micro_step
     from parallel.mesh import Mesh, sizes
     from parallel.nodes import alike, shared
     from parallel.peers import Peers
@@ -372,7 +374,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         inputs = launch.together("inputs", lambda: read_inputs(cfg), leader_first=True)
         who = launch.together("identity", lambda: identity(cfg, inputs))
         alike(launch, "contents", lambda: contents(cfg, inputs, who), "give every node the same model folder, adapter and data")
-        launch.together("shares", lambda: check(cfg, axes, inputs.arch, cfg.lora))
+        launch.together("shares", lambda: (check(cfg, axes, inputs.arch, cfg.lora), check_device(cfg, device)))
         peers = stack.enter_context(Peers(launch, cfg.parallel.timeout_s, log.last, lambda: remains(out)))
         launch.connect(device, cfg.parallel.timeout_s)
         mesh, stop = Mesh.build(cfg.parallel, device), Stop().install()
@@ -421,6 +423,13 @@ def run(cfg: RunConfig, launch: Launch) -> None:
             now = state | {"early": early.state(), "meters": meters.state(), "guard": guard.state()}
             return ckpt.save(state["step"], kept, now, {"cpu": torch.get_rng_state()}, guard.healthy)
 
+        def learn(batch: Batch, units: int) -> torch.Tensor:
+            loss = lm.loss(net, batch, units, cfg.objective)
+            loss.backward(upstream(loss))
+            return loss.detach()
+
+        learn = micro_step(learn, trained.values(), cfg.kernels.cuda_graph)
+
         def look() -> list[dict]:
             losses = zip(stream.documents(step), each_document(net, micro, mesh.sum_over_context, device, cfg.train.seed))
             packs = [(batch.pack, zip(*found)) for batch, found in zip(micro, losses)]
@@ -438,9 +447,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
             for i, batch in enumerate(micro):
                 lm.seed_dropout(cfg.train.seed, batch.pack)
                 last_backward(net, i == len(micro) - 1, cfg.parallel)
-                loss = lm.loss(net, batch.to(device), max(units, 1), cfg.objective)
-                loss.backward(upstream(loss))
-                sums += loss.detach() * units
+                sums += learn(batch.to(device), max(units, 1)) * units
             set_lr(opt, lr := cfg.optim.lr * factor(cfg.schedule, step, total))
             norm = clip(trained.values(), cfg.optim.max_norm, opt).item()  # the step's one wait for the device
             if guard.passes(step, norm, units, look):

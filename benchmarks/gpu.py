@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import measure, runner, sides
 from benchmarks.measure import between, free, kernel_seconds, mark, peak, rotating, settle, spread, turns
-from benchmarks.runner import Cell, Job
+from benchmarks.runner import Cell, Job, Unavailable
 from benchmarks.sides import SHAPES, Ours, Side, Theirs, Work, one_rank
 from model import flops
 from model.arch import Kind
@@ -242,6 +242,12 @@ def ours(words: str = "") -> Callable[[torch.device], Make]:
     return lambda device: lambda work, rows, again: Ours(work, device, rows, f"{words} {RECOMPUTE if again else ''}")
 
 
+def graphed(device: torch.device) -> Make:
+    if device.type != "cuda":
+        raise Unavailable("CUDA graphs need a CUDA device")
+    return ours("--kernels.cuda_graph=true")(device)
+
+
 def theirs(adapters: str = "fp32", liger: bool = False, kernels: str = "") -> Callable[[torch.device], Make]:
     for module in (["liger_kernel.transformers"] if liger else []) + ([kernels] if kernels else []):
         sides.probe(module)
@@ -332,8 +338,8 @@ def cold_start(job: Job) -> dict:
 # -- cells -------------------------------------------------------------------------------------------------------------------
 
 
-def lora(row: int, rows: int, make: Callable[[], Callable], mean: int = 0) -> Callable[[Job], dict]:
-    return lambda job: training(job, Work(SHAPES["8b"], row, rows, mean), make())
+def lora(row: int, rows: int, make: Callable[[], Callable], mean: int = 0, shape: str = "8b") -> Callable[[Job], dict]:
+    return lambda job: training(job, Work(SHAPES[shape], row, rows, mean), make())
 
 
 CELLS = {  # in order of priority
@@ -354,6 +360,8 @@ CELLS = {  # in order of priority
     "post_135m": Cell(25, lambda job: post(job, "135m")),
     "hf_2048_liger": Cell(40, lora(2048, 8, partial(theirs, liger=True))),
     "hf_4096_bf16": Cell(45, lora(4096, 4, partial(theirs, "bf16"))),
+    "ours_135m": Cell(20, lora(2048, 4, ours, shape="135m")),
+    "ours_135m_graph": Cell(20, lora(2048, 4, lambda: graphed, shape="135m")),
     "ours_2048_again": Cell(25, lora(2048, 8, ours), last=True),
 }
 

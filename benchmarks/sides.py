@@ -39,6 +39,7 @@ from optim.clip import clip
 from parallel import offload
 from parallel.apply import check
 from parallel.fsdp import last_backward
+from parallel.graph import micro_step
 from parallel.mesh import Mesh
 from parallel.start import Launch
 from runtime.config import load
@@ -332,6 +333,27 @@ class Ours(Side):
         rows = self.work.documents()
         parts = [[ids for row in rows[i : i + micro] for ids in row] for i in range(0, len(rows), micro)]
         self.batches = [pack(part, micro * self.work.row, self.work.row, max(map(len, parts))) for part in parts]
+        self._learn = micro_step(self._forward_backward, self.trained().values(), self.cfg.kernels.cuda_graph)  # of rows of this size
+
+    def _forward_backward(self, batch: Batch, units: int | Tensor) -> Tensor:
+        loss = lm.loss(self.net, batch, units)
+        loss.backward()
+        return loss.detach()
+
+    def learn(self) -> Tensor:
+        """Forward and backward of all micro-batches; the loss."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for i, batch in enumerate(self.batches):
+            lm.seed_dropout(self.cfg.train.seed, i)
+            last_backward(self.net, i == len(self.batches) - 1, self.cfg.parallel)
+            total += self._learn(batch.to(self.device), self.units)
+        return total
+
+    def gradients(self) -> tuple[float, dict[str, Tensor]]:
+        self.learn()  # the first time a graph is not replayed yet
+        self.clear()
+        total = self.learn().item()
+        return total, {name: p.grad for name, p in self.trained().items() if p.grad is not None}
 
     def loss(self, i: int) -> Tensor:
         lm.seed_dropout(self.cfg.train.seed, i)
@@ -339,11 +361,7 @@ class Ours(Side):
         return lm.loss(self.net, self.batches[i].to(self.device), self.units)
 
     def step(self) -> float:
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for i in range(len(self.batches)):
-            loss = self.loss(i)
-            loss.backward()
-            total += loss.detach()
+        total = self.learn()
         clip(self.trained().values(), self.cfg.optim.max_norm, self.opt).item()
         self.opt.step()
         self.clear()

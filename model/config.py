@@ -70,3 +70,6 @@ class KernelsConfig:
     glu: Annotated[Literal["auto", "torch", "triton"], "The gate of the feed-forward network."] = "auto"
     head: Annotated[Literal["auto", "torch", "triton"], "Log-sum-exp over the vocabulary and its derivative."] = "auto"
     dropout: Annotated[Literal["auto", "torch", "triton"], "Dropout on the input of adapters."] = "auto"
+    cuda_graph: Annotated[
+        bool, "Record forward and backward of a micro-batch once and replay them: for small models on one GPU, which the host slows down."
+    ] = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +27,12 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
         return torch.ops.aten.embedding_dense_backward(wide, ctx.saved_tensors[0], ctx.rows, -1, False).to(ctx.dtype), None, None
+
+
+@cache
+def rounded(x: float, dtype: torch.dtype) -> float:
+    """x as `dtype` has it."""
+    return torch.tensor(x, dtype=dtype).item()
 
 
 class Embedding(Slots):
@@ -54,7 +62,7 @@ class Embedding(Slots):
             elsewhere = (row < 0) | (row >= weight.shape[0])
             h = _Lookup.apply(weight, row.masked_fill(elsewhere, 0), dtype).masked_fill(elsewhere[:, None], 0)
             h = self.shard.leave(h)
-        return h if self.scale == 1.0 else h * torch.tensor(self.scale, dtype=dtype).item()
+        return h if self.scale == 1.0 else h * rounded(self.scale, dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, {self.weight.shape[1]}, scale={self.scale}"

@@ -9,7 +9,7 @@ from torch import nn
 
 from model.arch import Arch
 from model.config import LoraConfig
-from parallel import compile, context, fsdp, offload, recompute, tensor, tiling
+from parallel import compile, context, fsdp, graph, offload, recompute, tensor, tiling
 from parallel.config import Sections
 from parallel.mesh import Mesh, nearest
 from runtime.errors import ConfigError
@@ -40,6 +40,7 @@ def check(cfg: Sections, axes: dict[str, int], arch: Arch, lora: LoraConfig | No
     offload.check(cfg, axes, lora)
     recompute.check(cfg)
     compile.check(cfg, lora.dropout if lora else 0.0)
+    graph.check(cfg, axes)
     if lora is not None and lora.dropout and axes["context"] > 1:
         # a rank sees some of a row's slots and would draw another mask than one rank does for the same pack
         raise ConfigError(f"does not work with parallel.context={axes['context']}; use lora.dropout=0", "lora.dropout", lora.dropout)
@@ -57,5 +58,6 @@ def parallelize(net: nn.Module, mesh: Mesh, cfg: Sections, compute: torch.dtype,
     report += recompute.apply(net, mesh, cfg.recompute, compute, tokens)
     report += compile.apply(blocks, cfg)
     report += offload.apply(net, blocks, mesh.device, cfg)
+    report += graph.apply(cfg)
     fsdp.shard(net, blocks, mesh, cfg, compute)
     return report

@@ -18,6 +18,7 @@ from model.transforms.ops import install
 from objective import lm
 from parallel import recompute
 from parallel.apply import check
+from parallel.graph import check_device
 from parallel.local import apart
 from parallel.mesh import Mesh, sizes
 from runtime.config import load
@@ -117,6 +118,10 @@ REFUSED = [  # keys; ranks; facts of the model
     (["--offload.frozen=true"], 1, {}),
     (["--offload.frozen=true", "--lora.rank=8"], 2, {}),
     (["--offload.frozen=true", "--lora.rank=8", "--compile.backend=eager"], 1, {}),
+    (["--kernels.cuda_graph=true"], 2, {}),
+    (["--kernels.cuda_graph=true", "--recompute.kind=full"], 1, {}),
+    (["--kernels.cuda_graph=true", "--tiling.mlp=64"], 1, {}),
+    (["--kernels.cuda_graph=true"], 1, {}),
     (["--tiling.mlp=-1"], 1, {}),
     (["--compile.backend=eager", "--compile.mode=max-autotune-no-cudagraphs"], 1, {}),
 ]
@@ -130,6 +135,7 @@ def refused(words: list[str], ranks: int, facts: dict) -> ConfigError:
         net = build(arch)  # some are only known once slots are filled
         install(net, cfg.kernels, "cpu", torch.float32)
         recompute.apply(net, SimpleNamespace(axes=axes, device=torch.device("cpu")), cfg.recompute, torch.float32, cfg.data.tokens)
+        check_device(cfg, torch.device("cpu"))
     return caught.value
 
 

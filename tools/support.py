@@ -62,6 +62,7 @@ FEATURES = (
     Feature("offload parameters", {"offload.parameters": True}),
     Feature("offload optimizer", {"offload.optimizer": True}),
     Feature("offload frozen", {"offload.frozen": True, "lora.rank": 8}),
+    Feature("CUDA graph", {"kernels.cuda_graph": True}),
     Feature("sliding windows", {}, WINDOWS),
     Feature("tied embeddings", {}, {"tie_word_embeddings": True}),
 )
