@@ -63,6 +63,9 @@ class PrecisionConfig:
     )
 
 
+WAYS = ("mlp_8bit", "mlp", "full", "offload")  # of recompute.kind = "fit", from the most that is kept to the least
+
+
 @dataclass(frozen=True)
 class RecomputeConfig:
     """Activation checkpointing: trade compute for memory (https://arxiv.org/abs/1604.06174)."""
@@ -72,7 +75,7 @@ class RecomputeConfig:
         "full: a block keeps only its input and is computed again in the backward pass; every_n: so is each `every`-th block; "
         "selective: but for the results of the operations in `save`; mlp: the two products of the feed-forward network before its gate are "
         "computed again, which are most of what a block keeps; mlp_8bit: they are kept in 8 bits, rounded; fit: as many blocks as must be "
-        "are computed as mlp, then as full, so that what all keep fits `gib`; budget: the compiler keeps `budget` of what it would keep.",
+        "go one of the `ways`, so that what all keep fits `gib`; budget: the compiler keeps `budget` of what it would keep.",
         "gradient_checkpointing",
         "activation_checkpointing",
     ] = "none"
@@ -86,6 +89,12 @@ class RecomputeConfig:
     ] = 0.5
     gib: Annotated[float, "fit: GiB of a rank's memory for what blocks keep; 0: what is left of the GPU."] = 0.0
 
+    ways: Annotated[
+        tuple[Literal["mlp_8bit", "mlp", "full", "offload"], ...],
+        "fit: what blocks may become, always in this order: mlp_8bit, mlp and full as the kinds of that name; offload: what a block keeps "
+        "by the way before waits in host memory.",
+    ] = ("mlp", "full")
+
     def __post_init__(self):
         if self.gib < 0:
             raise ConfigError("must not be negative", "gib", self.gib)
@@ -94,12 +103,15 @@ class RecomputeConfig:
         if not 0 <= self.budget <= 1:
             raise ConfigError("must be from 0 to 1", "budget", self.budget)
         of_kinds = (("every", "every_n", 2), ("save", "selective", ("attention",)), ("budget", "budget", 0.5), ("gib", "fit", 0.0))
+        of_kinds += (("ways", "fit", ("mlp", "full")),)
         for key, kind, default in of_kinds:
             if self.kind != kind and getattr(self, key) != default:
                 value = getattr(self, key)
-                raise ConfigError(f"is only used by recompute.kind={kind!r}", key, list(value) if key == "save" else value)
+                raise ConfigError(f"is only used by recompute.kind={kind!r}", key, list(value) if isinstance(value, tuple) else value)
         if self.kind == "selective" and not self.save:
             raise ConfigError("names nothing to keep; use recompute.kind='full'", "save", list(self.save))
+        if not self.ways:
+            raise ConfigError("leaves nothing to choose from; use recompute.kind='none'", "ways", list(self.ways))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ backward needs.
     selective  every block, but results of the operators in `save` are kept, so these do not run twice
     mlp        no block as a whole, but in each the products before the gate (kernels/regions.py)
     mlp_8bit   nothing, but the results of those are kept in 8 bits: the one kind that changes gradients
-    fit        as few blocks as possible like mlp, then like full (parallel/fit.py)
+    fit        as few blocks as possible in one of the `ways` (parallel/fit.py)
     budget     not here: the compiler's partitioner decides what to keep (parallel/compile.py)
 
 `save` names operators (`aten.mm`, `salamander.varlen`; with an overload, `aten.mm.default`, that one alone) or a group:
@@ -18,7 +18,7 @@ backward needs.
     matmul       matrix products: most of the rest of the work, and most of the bytes
     collectives  exchanges between ranks: a second one costs time on the network
 
-Gradients are those without recomputation, bit for bit, but for mlp_8bit.
+Gradients are those without recomputation, bit for bit, but for mlp_8bit, as a kind or a way.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from kernels.attention import attention_ops
-from model.linear import Linear
 from model.transforms.ops import feed_forward
 from parallel import fit
+from parallel.activations import InMemory, Keeper
 from parallel.config import RecomputeConfig, Sections
 from parallel.context import RING
 from parallel.mesh import Mesh
+from parallel.transfer import Lane
 from runtime.errors import ConfigError
 
 # by name, since some exist only in some versions of torch
@@ -58,7 +59,6 @@ COLLECTIVES = (
     "_c10d_functional.all_reduce",
     "_c10d_functional.wait_tensor",
 )
-SAID = {"all": "everything", "mlp": "all but gate and up", "full": "their input"}
 GROUPS = {  # the ring is attention and its exchange in one
     "attention": lambda: {*attention_ops(), RING},
     "matmul": lambda: _existing(MATMUL),
@@ -97,6 +97,13 @@ def _check_fused(cfg: Sections) -> None:
     if cfg.compile is not None:
         # measured: the compiler finds the same product in forward and backward, and keeps the first
         raise ConfigError("is undone by [compile], which keeps what is computed twice; use recompute.kind='budget'", "recompute.kind", kind)
+    if kind == "fit" and cfg.offload.activations != "none":
+        raise ConfigError(
+            f"counts what stays on the device, and offload.activations={cfg.offload.activations!r} moves it; leave that out, and add "
+            "'offload' to recompute.ways",
+            "recompute.kind",
+            kind,
+        )
     if kind == "fit" and cfg.parallel.context > 1:
         raise ConfigError(
             "does not know what parallel.context keeps of other ranks' keys and values; use recompute.kind='mlp' or 'full'",
@@ -120,7 +127,7 @@ def apply(net: nn.Module, mesh: Mesh, cfg: RecomputeConfig, compute: torch.dtype
         return [_fit(net, mesh, cfg, compute, tokens)]
     if cfg.kind in ("mlp", "mlp_8bit"):
         for block in blocks:
-            block.mlp.keep = {"mlp": "none", "mlp_8bit": "8bit"}[cfg.kind]
+            _go(block, cfg.kind)
         return [f"recompute: {cfg.kind}, in {len(blocks)} blocks"]
     again = partial(checkpoint, use_reentrant=False)
     what = cfg.kind
@@ -136,20 +143,24 @@ def apply(net: nn.Module, mesh: Mesh, cfg: RecomputeConfig, compute: torch.dtype
 
 def _fit(net: nn.Module, mesh: Mesh, cfg: RecomputeConfig, compute: torch.dtype, tokens: int) -> str:
     blocks, slots = list(net.model.layers), -(-tokens // mesh.axes["context"])
-    low = max(sum(m.lora_A.weight.shape[0] for m in b.modules() if isinstance(m, Linear) and m.adapter is not None) for b in blocks)
-    bytes_of = {way: fit.kept(net.arch, way, compute, mesh.axes["tensor"], low) for way in fit.WAYS}
+    bytes_of = fit.table(net.arch, cfg.ways, compute, mesh.axes["tensor"], fit.ranks(blocks))
     if cfg.gib == 0 and mesh.device.type != "cuda":
         raise ConfigError("is needed by recompute.kind='fit' on a CPU: GiB for what blocks keep", "recompute.gib", cfg.gib)
     memory = int(cfg.gib * fit.GIB) if cfg.gib else fit.room(net, mesh, slots * bytes_of["all"], compute)
     ways = fit.choose(slots, len(blocks), bytes_of, memory)
+    lane = Lane(mesh.device)
+    keeper, before = Keeper(lane, InMemory(lane)), [way for way in bytes_of if way != "offload"][-1]
     for block, way in zip(blocks, ways):
-        if way == "mlp":
-            block.mlp.keep = "none"
-        elif way == "full":
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    counts = ", ".join(f"{ways.count(way)} keep {what}" for way, what in SAID.items() if way in ways)
-    total = slots * sum(bytes_of[way] for way in ways)
-    return f"recompute: fit, of {len(blocks)} blocks {counts}: {total / fit.GIB:.3g} of {memory / fit.GIB:.3g} GiB"
+        _go(block, before if way == "offload" else way)
+        if way == "offload":
+            keeper.around(block)
+    return fit.describe(slots, ways, bytes_of, memory)
+
+
+def _go(block: nn.Module, way: str) -> None:
+    block.mlp.keep = {"all": "all", "mlp_8bit": "8bit", "mlp": "none", "full": "all"}[way]
+    if way == "full":
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def operators(save: tuple[str, ...]) -> frozenset[OpOverload]:

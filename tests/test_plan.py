@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import time
@@ -18,6 +19,7 @@ from kernels import linear_logprob
 from model.arch import Arch
 from model.weights import initialize, local
 from optim.adamw import build as build_optimizer
+from parallel import fit
 from parallel.local import apart, run
 from parallel.mesh import Mesh
 from runtime.config import load
@@ -187,6 +189,40 @@ def plans(world: int, cfg: RunConfig, arch: Arch, layers: int | None = None, run
         return (told, plan.Plan.of(plan.dry_step(cfg, plan.shortened(arch, layers), mesh))) if run_all else (told,)
 
 
+def both(world: int, cfg: RunConfig, arch: Arch) -> tuple[plan.Plan, plan.Plan]:
+    """What is planned for `fit`, and what a dry step of all layers holds with the same choice."""
+    with plan.fake_ranks(world):
+        mesh = Mesh.build(cfg.parallel, CPU)
+        return plan.plan(cfg, arch, mesh), plan.Plan.of(plan.dry_step(plan.as_planned(cfg), arch, mesh))
+
+
+@pytest.mark.parametrize("ways", [("mlp", "full"), ("mlp_8bit", "mlp"), ("mlp", "offload")], ids="+".join)
+def test_what_fits_is_planned_on_the_safe_side(folder, ways):
+    words = [
+        "--recompute.kind=fit",
+        f"--recompute.ways={json.dumps(ways)}",
+        "--lora.dropout=0",
+        "--precision.compute=bf16",
+        "--train.accumulate=1",
+    ]
+    arch = plan.shortened(Arch.from_folder(folder), 8)
+    cfg = load(RunConfig, LORA, words)
+    with plan.fake_ranks(1):
+        net, _ = assemble(replace(cfg, recompute=plan.recomputed(cfg, "none")), arch, Mesh.build(cfg.parallel, CPU))
+    bytes_of = fit.table(arch, cfg.recompute.ways, torch.bfloat16, 1, fit.ranks(net.model.layers))
+    most, least = (8 * bytes_of["mlp"], 3 * bytes_of["mlp"]) if "offload" in ways else (8 * bytes_of["all"], 8 * bytes_of["mlp"])
+    memory = cfg.data.tokens * (least + 0.7 * (most - least))
+    planned, found = apart(both, 1, replace(cfg, recompute=replace(cfg.recompute, gib=memory / 2**30)), arch)
+    assert planned.said.startswith("recompute: fit, of 8 blocks ") and planned.said.count(" keep ") == 2
+    assert found.peak - 8 * BLOCK <= planned.peak <= found.peak + 3 * cfg.data.tokens * bytes_of["all"]
+    assert planned.host == pytest.approx(found.host, rel=0.15) and (planned.host > 0) == ("offload" in ways)
+
+
+def test_fit_is_planned_for_the_gpu_that_is_asked_for():
+    code, said, error = apart(command, [*ON_8B, "--world", "1", "--gpu", "h100", "--recompute.kind=fit", "--data.tokens=32768"])
+    assert code == 0 and "recompute: fit, of 32 blocks" in said and "fits h100" in said, said + error
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["none", "full"])
@@ -317,6 +353,7 @@ def test_a_rings_traffic_is_counted():
     assert found.traffic["context"] == pytest.approx(32 * (3 * 3 * keys * 2 + 4 * keys * 4), rel=1e-5)  # and norms of gradients
 
 
+ON_8B = ["--config", "train_configs/llama3.1-8b-lora.toml", "--arch", "train_configs/arch/llama3-8b"]
 BIG = ["--config", "train_configs/llama3.1-8b-full.toml", "--arch"]
 
 

@@ -33,7 +33,7 @@ from parallel.config import RecomputeConfig
 from runtime.config import parse_args
 from runtime.errors import ConfigError
 from tools import command
-from train import RunConfig, assemble
+from train import RunConfig, assemble, dtypes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,6 +102,7 @@ class Plan:
     host: int
     traffic: dict[str, int]
     flops: float
+    said: str = ""  # what was chosen for the run
 
     @property
     def peak(self) -> int:
@@ -244,17 +245,7 @@ def recomputed(cfg: RunConfig, kind: str) -> RecomputeConfig:
 
 def as_planned(cfg: RunConfig) -> RunConfig:
     """Without what fake tensors cannot go through: compiled blocks and torch's optimizer run, and what would go to disk goes to host
-    memory, which for the device is the same.
-
-    Raises:
-        ConfigError: what is kept depends on a GPU that is not here.
-    """
-    if cfg.recompute.kind == "fit":
-        raise ConfigError(
-            "is chosen when a run starts; plan with 'none', 'mlp' and 'full', among which it chooses",
-            "recompute.kind",
-            "fit",
-        )
+    memory, which for the device is the same."""
     kind = "none" if cfg.recompute.kind == "budget" else cfg.recompute.kind
     activations = "cpu" if cfg.offload.activations == "disk" else cfg.offload.activations
     offload = replace(cfg.offload, activations=activations, folder="")
@@ -262,8 +253,8 @@ def as_planned(cfg: RunConfig) -> RunConfig:
     return replace(cfg, compile=None, recompute=recomputed(cfg, kind), offload=offload, optim=optim)
 
 
-def plan(cfg: RunConfig, arch: Arch, mesh: Mesh, layers: int | None = None) -> Plan:
-    """The plan for `layers` layers (default: all), from two models of few.
+def plan(cfg: RunConfig, arch: Arch, mesh: Mesh, layers: int | None = None, room: int | None = None) -> Plan:
+    """The plan for `layers` layers (default: all), from two models of few. room: bytes of a rank, for recompute.kind='fit' without `gib`.
 
     Raises:
         ConfigError: the layout does not fit the model.
@@ -271,15 +262,49 @@ def plan(cfg: RunConfig, arch: Arch, mesh: Mesh, layers: int | None = None) -> P
     from parallel.apply import check
 
     check(cfg, mesh.axes, arch, cfg.lora)
-    layers, step = layers or arch.num_hidden_layers, period(cfg, arch, mesh)
+    layers = layers or arch.num_hidden_layers
+    if cfg.recompute.kind == "fit":
+        return fitted(cfg, arch, mesh, layers, room)
+    return Plan.of(profile(as_planned(cfg), arch, mesh, layers))
+
+
+def profile(cfg: RunConfig, arch: Arch, mesh: Mesh, layers: int) -> Profile:
+    step = period(cfg, arch, mesh)
     few = step * -(-(2 + cfg.parallel.prefetch) // step)
-    cfg = as_planned(cfg)
     if layers <= few + step:
         few, step = layers, 1
     less = dry_step(cfg, shortened(arch, few), mesh)
     if layers == few:
-        return Plan.of(less)
-    return Plan.of(less.line(dry_step(cfg, shortened(arch, few + step), mesh), (layers - few) / step))
+        return less
+    return less.line(dry_step(cfg, shortened(arch, few + step), mesh), (layers - few) / step)
+
+
+def fitted(cfg: RunConfig, arch: Arch, mesh: Mesh, layers: int, room: int | None) -> Plan:
+    """With recompute.kind='fit': planned with every block recomputed, and what that leaves of `room` is what blocks may keep. A run asks
+    its GPU what is free instead (parallel/fit.py).
+
+    Raises:
+        ConfigError: it does not fit, or neither `room` nor recompute.gib is there to fit into.
+    """
+    from parallel import fit
+
+    if not (cfg.recompute.gib or room):
+        raise ConfigError("is needed to plan recompute.kind='fit' without a GPU's size", "recompute.gib", cfg.recompute.gib)
+    cfg = as_planned(cfg)
+    full = profile(replace(cfg, recompute=recomputed(cfg, "full")), arch, mesh, layers)
+    compute, slots = dtypes(cfg.precision, mesh.device)[0], -(-cfg.data.tokens // mesh.axes["context"])
+    net, _ = assemble(replace(cfg, recompute=recomputed(cfg, "none")), shortened(arch, period(cfg, arch, mesh)), mesh)
+    bytes_of = fit.table(arch, cfg.recompute.ways, compute, mesh.axes["tensor"], fit.ranks(net.model.layers))
+    inputs = layers * slots * fit.kept(arch, "full", compute, mesh.axes["tensor"])
+    memory = int(cfg.recompute.gib * fit.GIB) if cfg.recompute.gib else int(room - Plan.of(full).peak + inputs)
+    ways = fit.choose(slots, layers, bytes_of, memory)
+    more = fit.held(slots, ways, bytes_of) - inputs
+    passes = [name for name in full.moments if name not in ("clipping", "optimizer")]  # all of it is kept at the fullest of those
+    moments = full.moments | {
+        name: full.moments[name] | {"activations": full.moments[name].get("activations", 0) + more} for name in passes
+    }
+    found, away = Plan.of(replace(full, moments=moments)), round(ways.count("offload") * slots * bytes_of.get("offload", 0))
+    return replace(found, host=found.host + away, said=fit.describe(slots, ways, bytes_of, memory))
 
 
 # -- layouts to choose from ------------------------------------------------------------------------------------------------
@@ -449,10 +474,12 @@ def run(cfg: RunConfig, world: int, name: str, folder: str | None, suggest: bool
                 print(f"  {' '.join(words)}   peak {gib(one.peak)} GiB, cost {price / ways[0][0]:.2f}")
             return
         mesh = Mesh.build(cfg.parallel, torch.device("cpu"))
-        found = plan(cfg, arch, mesh)
+        found = plan(cfg, arch, mesh, room=room)
     print(f"{arch.name or arch.family} on {world} ranks; {mesh.describe()}; GiB per rank at the peak ({found.moment}):")
     for kind in (*KINDS, "peak"):
         print(f"  {kind:12} {gib(getattr(found, kind)):>9}")
+    if found.said:
+        print(f"{found.said}, as planned; a run asks its GPU")
     if found.host:
         print(f"  {'disk' if cfg.offload.activations == 'disk' else 'host memory':12} {gib(found.host):>9}")
     if cfg.compile is not None:

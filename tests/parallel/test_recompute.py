@@ -23,6 +23,7 @@ from parallel.config import CompileConfig, ParallelConfig, RecomputeConfig, Tili
 from parallel.context import RING, split
 from parallel.local import run
 from parallel.mesh import AXES, Mesh, sizes
+from parallel.transfer import told
 from runtime.errors import ConfigError
 from tests.model.golden import write_config
 from tests.parallel.test_layouts import VOCAB, backward, grads, model, rows
@@ -134,7 +135,7 @@ def test_what_is_kept_does_not_run_again(seen):
 def test_what_blocks_keep_is_known_to_the_byte(tmp_path, name, lora):
     path = write_config(tmp_path, name)
     found = {}
-    for way, kind in (("all", "none"), ("mlp", "mlp"), ("full", "full")):
+    for way, kind in (("all", "none"), ("mlp_8bit", "mlp_8bit"), ("mlp", "mlp"), ("full", "full")):
         found[way] = []
         for layers in (2, 3) if name == "gemma3_text" else (1, 2):  # both tables of angles are there then
             net, row, kept = model(path, None, lora, "none"), rows(TOKENS, 1)[0], {}
@@ -166,8 +167,43 @@ def test_memory_is_taken_from_the_cheapest_place_first():
         (4, "full " * 4),
     ):
         assert fit.choose(1, 4, bytes_of, memory) == want.split()
-    with pytest.raises(ConfigError, match=r"^recompute.kind='fit' does not fit: the inputs of 4 blocks alone take 3.73e-09 GiB"):
+    with pytest.raises(ConfigError, match=r"^recompute.kind='fit' does not fit: as 'full' 4 blocks take 3.73e-09 GiB and 2.79e-09 GiB are"):
         fit.choose(1, 4, bytes_of, 3)
+    # three of those that wait in host memory are on their way there or back; between them lie some that stay
+    bytes_of = {"all": 10, "mlp_8bit": 7, "offload": 7}
+    for memory, away in ((70, 0), (69, 4), (63, 4), (62, 5), (21, 10)):
+        ways = fit.choose(1, 10, bytes_of, memory)
+        assert ways.count("offload") == away and set(ways) <= {"mlp_8bit", "offload"}
+        assert fit.held(1, ways, bytes_of) <= memory
+    assert [i for i, way in enumerate(fit.choose(1, 10, bytes_of, 63)) if way == "offload"] == [0, 2, 5, 7]
+    with pytest.raises(ConfigError, match=r"as 'offload' 10 blocks take"):
+        fit.choose(1, 10, bytes_of, 20)
+    with pytest.raises(ConfigError, match=r"or 'offload' among recompute.ways$"):
+        fit.choose(1, 4, {"all": 10, "mlp": 4}, 3)
+
+
+def test_ways_are_taken_from_the_most_kept_to_the_least(folder):
+    arch = Arch.from_folder(folder)
+    found = fit.table(arch, ("offload", "full", "mlp_8bit"), torch.bfloat16, 2, 8)
+    assert list(found) == ["all", "mlp_8bit", "full", "offload"]
+    assert found["all"] > found["mlp_8bit"] > found["full"] == found["offload"] > 0
+
+
+@pytest.mark.parametrize("ways", [("mlp", "offload"), ("full", "offload"), ("offload",), ("mlp_8bit", "offload")], ids="+".join)
+def test_blocks_that_wait_in_host_memory_give_the_gradients_of_those_that_do_not(tmp_path, ways):
+    """And as many bytes lie there as the chosen ones keep, but for small tensors, which stay."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": VOCAB, "initializer_range": 0.2, "num_hidden_layers": 6}))
+    micro, sizes = rows(320, 1), []
+    want, net = model(tmp_path, None, True, "none", 0.3), model(tmp_path, None, True, "none", 0.3)
+    recompute.apply(want, ALONE, RecomputeConfig(ways[0] if len(ways) > 1 else "none"), torch.float32, 320)
+    each = fit.table(net.arch, ways, torch.float32, 1, 7 * 4)["offload"]
+    (line,) = recompute.apply(net, ALONE, RecomputeConfig("fit", gib=320 * each * 4.5 / 2**30, ways=ways), torch.float32, 320)
+    assert line.split(": ")[1].endswith("5 keep theirs in host memory"), line
+    with told(lambda memory: sizes.append(memory.nbytes)):
+        found = grads_of(net, micro)
+    for name, g in grads_of(want, micro).items():
+        assert g.norm() > 1e-4 and torch.equal(found[name], g), name
+    assert 0.85 * 5 * 320 * each < sum(sizes) < 1.1 * 5 * 320 * each
 
 
 def test_eight_bits_change_gradients_by_some_percent_and_no_loss(folder):
