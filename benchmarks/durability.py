@@ -11,7 +11,8 @@ the median is reported, and the quartiles beside it.
     sync_stall       what the loop waits in a save that it waits for, in the same units
     verify_to_load   reading a checkpoint to compare its crc32, in units of loading its tensors; both from the page cache
     crc_to_write     CountedFile, which computes crc32, in units of plain writes of the same bytes, both with fsync
-    crc_cpu          seconds of crc32 alone, in units of the plain writes
+
+The last two also by CPU seconds (`_cpu`), which other work on the machine changes little; wall seconds it changes much.
 
 `--quick` makes everything tiny: it shows that the benchmark works, its numbers mean nothing.
 """
@@ -25,8 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -45,12 +45,23 @@ PIECE = 4 << 20  # bytes of one write
 
 
 def timed(work: Callable[[], object]) -> float:
-    begun = time.perf_counter()
+    return both(work)[0]
+
+
+def both(work: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU seconds, of all threads."""
+    wall, cpu = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - begun
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def ratio(name: str, these: list[float], units: list[float]) -> dict:
+def ratios(name: str, these: list[tuple[float, float]], units: list[tuple[float, float]]) -> dict:
+    """`ratio` of wall seconds, and of CPU seconds."""
+    (wall, cpu), (wall_unit, cpu_unit) = zip(*these), zip(*units)
+    return ratio(name, wall, wall_unit) | ratio(f"{name}_cpu", cpu, cpu_unit)
+
+
+def ratio(name: str, these: Sequence[float], units: Sequence[float]) -> dict:
     """The median over the rounds of what was measured in units of what was measured beside it, and the quartiles."""
     low, middle, high = statistics.quantiles([a / b for a, b in zip(these, units, strict=True)], n=4, method="inclusive")
     return {name: middle, f"{name}_quartiles": [low, high]}
@@ -123,11 +134,11 @@ def resumes(rank: int, world: int, size: Size, folder: Path) -> dict:
     files = store.verify(path)["files"]
     verify, load = [], []
     for _ in range(size.rounds):
-        verify.append(timed(lambda: store.verify(path)))
-        load.append(timed(lambda: shards.read(path, files, trained.kept)))
+        verify.append(both(lambda: store.verify(path)))
+        load.append(both(lambda: shards.read(path, files, trained.kept)))
     return {
-        **ratio("verify_to_load", verify, load),
-        "verify_mib_per_s": sum(entry["size"] for entry in files.values()) / 2**20 / statistics.median(verify),
+        **ratios("verify_to_load", verify, load),
+        "verify_mib_per_s": sum(entry["size"] for entry in files.values()) / 2**20 / statistics.median(wall for wall, _ in verify),
     }
 
 
@@ -148,25 +159,17 @@ def writes(size: Size, folder: Path, nbytes: int) -> dict:
             for piece in pieces:
                 file.write(piece)
 
-    def summed() -> None:
-        crc = 0
-        for piece in pieces:
-            crc = zlib.crc32(piece, crc)
-
-    ways = {"plain": plain, "counted": counted, "crc": summed}
-    took: dict[str, list[float]] = {way: [] for way in ways}
+    ways = {"plain": plain, "counted": counted}
+    took: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     for number in range(size.rounds + 1):
         for way, work in ways.items():
-            seconds = timed(work)
-            (folder / way).unlink(missing_ok=True)
+            seconds = both(work)
+            (folder / way).unlink()
             if number:
                 took[way].append(seconds)
-    mib = len(pieces) * PIECE / 2**20
     return {
-        **ratio("crc_to_write", took["counted"], took["plain"]),
-        **ratio("crc_cpu", took["crc"], took["plain"]),
-        "write_mib_per_s": mib / statistics.median(took["plain"]),
-        "crc_mib_per_s": mib / statistics.median(took["crc"]),
+        **ratios("crc_to_write", took["counted"], took["plain"]),
+        "write_mib_per_s": len(pieces) * PIECE / 2**20 / statistics.median(wall for wall, _ in took["plain"]),
     }
 
 

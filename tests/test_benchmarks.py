@@ -289,11 +289,11 @@ def test_candidates_for_linears_with_adapters_are_exact(way, outs):
 def test_durability(tmp_path):
     assert durability.main(["--quick", "--out", str(tmp_path / "found.json")]) == 0
     found = json.loads((tmp_path / "found.json").read_text())["found"]
-    ratios = ("async_step", "async_stall", "sync_stall", "verify_to_load", "crc_to_write", "crc_cpu")
+    ratios = ("async_step", "async_stall", "sync_stall", "verify_to_load", "verify_to_load_cpu", "crc_to_write", "crc_to_write_cpu")
     for name in ratios:
         low, high = found[f"{name}_quartiles"]
         assert 0 < low <= found[name] <= high
-    assert found["crc_cpu_quartiles"][0] < 1 and found["saved_mib"] > 1
+    assert found["saved_mib"] > 1 and min(found[name] for name in found if name.endswith("_s")) > 0
 
 
 def test_rounds_are_compared_with_themselves():
