@@ -186,7 +186,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         found |= writes(size, Path(folder), int(found["saved_mib"] * 2**20))
     for name, value in found.items():
-        print(f"{name:<26}" + (f"{value:.3g}" if isinstance(value, float) else " to ".join(f"{v:.3g}" for v in value)))
+        print(f"{name:<30}" + (f"{value:.3g}" if isinstance(value, float) else " to ".join(f"{v:.3g}" for v in value)))
     if args.out:
         given = " --quick" if args.quick else ""
         head = {"command": f"python -m benchmarks.durability{given}", "date": date.today().isoformat(), "machine": machine()}
