@@ -484,7 +484,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
             if last is not None and last.path is None:
                 raise RuntimeError(f"stopped by request after step {state['step']}, but that is not saved: {last.problem}")
             return log(f"stopped by request after step {state['step']}; the same command resumes")
-        export(cfg, inputs, net, log)
+        export(cfg, inputs, net, mesh, stream.take(1)[0], log)
         if launch.rank == 0:
             (out / "result.json").write_text(json.dumps(result(cfg, state["step"])) + "\n", encoding="utf-8")
 
@@ -520,21 +520,28 @@ def exported(out: Path) -> dict[str, object] | None:
         return None
 
 
-def export(cfg: RunConfig, inputs: Inputs, net: Decoder, log: Log) -> None:
-    """Writes the result; it is read back and compared with the live model, byte by byte, before it appears under its name."""
+def export(cfg: RunConfig, inputs: Inputs, net: Decoder, mesh: Mesh, like: Batch, log: Log) -> None:
+    """Writes the result. Before it appears under its name it is read back and compared with the live model, byte by byte and by
+    what both say to a few documents in a row of the shape of `like` (model/probe.py)."""
     import torch
 
+    from model import probe
     from model.safetensors_io import export_adapter, export_full
+    from objective.evaluate import logprobs, room, with_row
+    from parallel.context import split
 
-    out = Path(cfg.output.path) / "export"
+    out, row = Path(cfg.output.path) / "export", probe.row(inputs.arch.vocab_size, *room(like))
+    live = logprobs(net, split(with_row(like, row), mesh), mesh.sum_over_context, mesh.device)[: row.tokens.numel()]
+    pretrained = cfg.model.init == "pretrained"
     if cfg.lora is not None and not cfg.output.merge:
-        export_adapter(net, out, cfg.lora, cfg.model.path, tokenizer=inputs.folder, overwrite=True)
-        use = f"--model {cfg.model.path} --adapter {out}" if cfg.model.init == "pretrained" else ""
+        check = probe.same(net, row, live, base=inputs.folder) if pretrained else probe.same_adapter_headers(net)
+        export_adapter(net, out, cfg.lora, cfg.model.path, tokenizer=inputs.folder, overwrite=True, check=check)
+        use = f"--model {cfg.model.path} --adapter {out}" if pretrained else ""
     else:
         dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.output.dtype]
-        export_full(net, out, inputs.folder, dtype=dtype, overwrite=True)
+        export_full(net, out, inputs.folder, dtype=dtype, overwrite=True, check=probe.same(net, row, live))
         use = f"--model {out}"
-    log(f"exported to {out}, read back and compared" + (f"\ntry it: python -m tools.generate {use} --chat 'Hello'" if use else ""))
+    log(f"exported to {out}, loaded again and compared" + (f"\ntry it: python -m tools.generate {use} --chat 'Hello'" if use else ""))
 
 
 def main(argv: list[str] | None = None) -> int:

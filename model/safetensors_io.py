@@ -27,7 +27,7 @@ from model import build, peft_format
 from model.arch import Arch
 from model.config import LoraConfig
 from model.peft_format import PREFIX, Adapter, open_adapter
-from model.tensor_folder import SHARD_BYTES, Layout, Spec, TensorFolder, Value, compare, leads, listed, publish, read_json
+from model.tensor_folder import SHARD_BYTES, Check, Layout, Spec, TensorFolder, Value, compare, leads, listed, publish, read_json
 from model.transforms.lora import adapted, apply_lora, is_adapter, leaf_names, select_linears
 from model.weights import EMBEDDING, HEAD, NameMap, full, initialize, local, parameters_at_rest, region
 from runtime.errors import ModelError
@@ -128,6 +128,34 @@ def load_adapter(net: nn.Module, folder: str | Path) -> set[str]:
     for name, hf in sources.items():
         _copy(parameters[name], adapter.tensors, hf)
     return set(sources)
+
+
+def stored(net: nn.Module, base: str | Path, adapter: str | Path | None = None) -> Callable[[str], Tensor]:
+    """A parameter's whole value by its name, from the folders of a model and of an adapter for it; headers are checked now.
+
+    Raises:
+        ModelError: a folder does not fit `net`.
+    """
+    weights = TensorFolder(base)
+    sources = {name: (weights, hf) for name, hf in _sources(net, weights).items()}
+    if adapter is not None:
+        update = open_adapter(adapter)
+        sources |= {name: (update.tensors, hf) for name, hf in _adapter_sources(net, update).items()}
+
+    def value(name: str) -> Tensor:
+        tensors, hf = sources[name]
+        return tensors.read(hf)
+
+    return value
+
+
+def fits_adapter(net: nn.Module, folder: str | Path) -> None:
+    """Is the adapter one for `net` as it was prepared: the same linears, rank and scale, names and shapes? Reads headers only.
+
+    Raises:
+        ModelError: it is not.
+    """
+    _adapter_sources(net, open_adapter(folder))
 
 
 def _adapter_sources(net: nn.Module, adapter: Adapter) -> dict[str, str]:
@@ -246,6 +274,7 @@ def export_full(
     tokenizer: str | Path | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    check: Check | None = None,
 ) -> None:
     """Writes the model in Hugging Face layout, adapters merged in. A collective.
 
@@ -255,10 +284,18 @@ def export_full(
     which `tokenizer` replaces by another folder's.
 
     Raises:
-        ModelError: see `publish`.
+        ModelError: an adapter was not trained (`_require_trained`), or see `publish`.
     """
     files = _model_files(Path(source), Path(tokenizer or source), dtype)
-    publish(out, *_full(net, Path(source), dtype, live(net)), files, shard_bytes=shard_bytes, overwrite=overwrite)
+    parameters, values = dict(parameters_at_rest(net)), live(net)
+
+    def trained(name: str) -> Tensor:
+        whole = values(name)
+        _require_trained(name, whole, parameters[name])
+        return whole
+
+    layout, value = _full(net, Path(source), dtype, trained)
+    publish(out, layout, value, files, shard_bytes=shard_bytes, overwrite=overwrite, check=check)
 
 
 def merge_folders(
@@ -269,10 +306,11 @@ def merge_folders(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    check: Callable[[nn.Module, Callable[[str], Tensor]], Check] | None = None,
 ) -> None:
     """What `export_full` writes of the base model with the adapter, from their folders, with one tensor in memory at a time.
 
-    Tokenizer files are the adapter folder's if it has a tokenizer.
+    Tokenizer files are the adapter folder's if it has a tokenizer. `check` makes the last check of the model, on meta, and its values.
 
     Raises:
         ModelError: the adapter is not one of this base model, or see `publish`.
@@ -280,16 +318,10 @@ def merge_folders(
     base, adapter = Path(base), Path(adapter)
     net = build(Arch.from_folder(base))
     apply_lora(net, adapter_config(net, adapter))
-    weights, update = TensorFolder(base), open_adapter(adapter)
-    sources = {name: (weights, hf) for name, hf in _sources(net, weights).items()}
-    sources |= {name: (update.tensors, hf) for name, hf in _adapter_sources(net, update).items()}
-
-    def stored(name: str) -> Tensor:
-        tensors, hf = sources[name]
-        return tensors.read(hf)
-
+    values = stored(net, base, adapter)
     files = _model_files(base, adapter if (adapter / "tokenizer.json").is_file() else base, dtype)
-    publish(out, *_full(net, base, dtype, stored), files, shard_bytes=shard_bytes, overwrite=overwrite)
+    last = check(net, values) if check else None
+    publish(out, *_full(net, base, dtype, values), files, shard_bytes=shard_bytes, overwrite=overwrite, check=last)
 
 
 def verify_full(folder: str | Path, net: nn.Module, source: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -340,20 +372,27 @@ def _full(net: nn.Module, source: Path, dtype: torch.dtype | None, fetch: Callab
 
 
 def export_adapter(
-    net: nn.Module, out: str | Path, cfg: LoraConfig, base: str, *, tokenizer: str | Path | None = None, overwrite: bool = False
+    net: nn.Module,
+    out: str | Path,
+    cfg: LoraConfig,
+    base: str,
+    *,
+    tokenizer: str | Path | None = None,
+    overwrite: bool = False,
+    check: Check | None = None,
 ) -> None:
     """Writes what trains of a LoRA run in PEFT's layout, beside the files of `tokenizer` if given. A collective.
 
     base: the path or hub id of the base model, as the adapter's users should load it.
 
     Raises:
-        ModelError: see `publish`.
+        ModelError: an adapter was not trained (`_require_trained`), or see `publish`.
     """
     layout, value, modules = _adapter(net)
     targets = _target_modules(net, NameMap.of(net))
     files = pass_through(Path(tokenizer), TOKENIZER_FILES) if tokenizer else {}
     files[peft_format.CONFIG] = peft_format.config_json(cfg, base, targets, modules)
-    publish(out, layout, value, files, stem=peft_format.STEM, shard_bytes=2**63, overwrite=overwrite)
+    publish(out, layout, value, files, stem=peft_format.STEM, shard_bytes=2**63, overwrite=overwrite, check=check)
 
 
 def verify_adapter(folder: str | Path, net: nn.Module) -> None:
@@ -378,16 +417,21 @@ def _adapter(net: nn.Module) -> tuple[Layout, Value, list[str]]:
 
     def value(hf: str) -> Tensor | None:
         whole = full(parameters[ours[hf]])
-        _require_all_rows(hf, whole, parameters[ours[hf]])
+        _require_trained(hf, whole, parameters[ours[hf]])
         return whole.cpu() if leads() else None
 
     return layout, value, list(dict.fromkeys(modules))
 
 
-def _require_all_rows(name: str, whole: Tensor, p: Tensor) -> None:
-    """B starts at zero, and a trained B has no zero rows: one rank's rows all zero beside others that are not would mean
-    that only some shards trained or were gathered, which nothing later would show."""
-    if not name.endswith(".lora_B.weight") or not isinstance(p, DTensor):
+def _require_trained(name: str, whole: Tensor, p: Tensor) -> None:
+    """B starts at zero, and a trained B has no zero rows. All zero, it would compute the base model under the name of an adapter.
+    One rank's rows all zero beside others that are not would mean that only some shards trained or were gathered. Nothing
+    later would show either."""
+    if not name.endswith(".lora_B.weight"):
+        return
+    if not whole.any():
+        raise ModelError(f"{name} is all zeros: nothing was learned there (is the learning rate 0?), so there is nothing to export")
+    if not isinstance(p, DTensor):
         return
     ranks = math.prod(p.device_mesh.size(i) for i, at in enumerate(p.placements) if not at.is_replicate())
     used = [bool(chunk.any()) for chunk in whole.chunk(ranks) if len(chunk) >= 8]

@@ -68,6 +68,9 @@ class Spec(NamedTuple):
 
 Layout = dict[str, Spec]
 Value = Callable[[str], Tensor | None]  # called for every name in order; only the first rank's answer counts
+Check = Callable[
+    [Path | None], None
+]  # looks at a folder before it gets its name, and raises; every rank calls it, the first has the folder
 
 
 # ---------------------------------------------------------------------------------------------------------------- reading
@@ -363,7 +366,7 @@ def agree(error: Exception | None) -> None:
     raise ModelError(text[1:]) if text[0] == "1" else RuntimeError(f"rank 0: {text[1:]}")
 
 
-def _try(path: Path, work: Callable, *args) -> Exception | None:
+def attempt(path: Path, work: Callable, *args) -> Exception | None:
     """The exception of `work` on `path`, so that a collective can go on to its end before everyone hears of it."""
     try:
         work(*args)
@@ -385,15 +388,16 @@ def publish(
     stem: str = "model",
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    check: Check | None = None,
 ) -> None:
     """Writes the folder `out`: tensors `value(name)` for every name of `layout`, in order, and small `files` (content or source).
 
-    Under a temporary name it is written, flushed, read back and compared byte by byte with `value(name)` once more; only
-    then is it renamed. An earlier export of ours in `out` is replaced; with `overwrite` anything else there is moved aside,
-    never deleted. A collective if `value` is one.
+    Under a temporary name it is written, flushed, read back and compared byte by byte with `value(name)` once more, and looked
+    at by `check`; only then is it renamed. An earlier export of ours in `out` is replaced; with `overwrite` anything else there
+    is moved aside, never deleted. A collective if `value` is one.
 
     Raises:
-        ModelError: `out` is occupied, the disk is full, or what was read back is not what was written.
+        ModelError: `out` is occupied, the disk is full, what was read back is not what was written, or what `check` raises.
     """
     draft: _Draft | None = None
     error: Exception | None = None
@@ -405,17 +409,19 @@ def publish(
 
     try:
         if leads():
-            error = _try(out, start)
+            error = attempt(out, start)
         agree(error)
         for name in layout:
             tensor = value(name)
             if draft and error is None:
-                error = _try(out, draft.put, name, tensor)
+                error = attempt(out, draft.put, name, tensor)
         if draft and error is None:
-            error = _try(out, draft.finish)
+            error = attempt(out, draft.finish)
         agree(error)
         compare(draft.folder if draft else None, layout, value, stem)
-        agree(_try(out, draft.publish) if draft else None)
+        if check is not None:
+            check(draft.folder if draft else None)
+        agree(attempt(out, draft.publish) if draft else None)
     finally:
         if draft:
             draft.discard()
@@ -442,10 +448,10 @@ def compare(folder: Path | None, layout: Layout, value: Value, stem: str = "mode
             raise ModelError(f"{name} reads back differently from what was exported; the disk or file system is at fault", folder)
 
     if leads():
-        error = _try(folder, start)
+        error = attempt(folder, start)
     agree(error)
     for name in layout:
         tensor = value(name)
         if leads() and error is None:
-            error = _try(folder, check, name, tensor)
+            error = attempt(folder, check, name, tensor)
     agree(error)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.batch import Batch
+from data.batch import IGNORE, Batch
+from model.decoder import Row
 from objective import lm
 
 
@@ -35,6 +38,37 @@ def evaluate(
     loss, tokens = sums.sum(dim=0).tolist()
     each = {name: total / n for name, (total, n) in zip(sources, sums.tolist()) if n}
     return {"eval_loss": loss / tokens if tokens else math.nan, "eval_tokens": int(tokens), "eval_sources": each}
+
+
+def room(like: Batch) -> tuple[int, int, int]:
+    """What a row of the shape of `like` has room for: slots, tokens of a document, documents beside the padding."""
+    slots = like.tokens.numel()
+    return slots, like.max_seqlen, like.cu_seqlens.numel() - 1 - -(-slots // like.max_seqlen)
+
+
+def with_row(like: Batch, row: Row) -> Batch:
+    """The documents of `row`, which fit (`room`), with padding behind them in the shape of `like`, which a compiled model has seen."""
+    slots, used = like.tokens.numel(), row.tokens.numel()
+    edges = [*row.cu_seqlens.tolist(), *range(used + like.max_seqlen, slots, like.max_seqlen), slots]
+    borders = torch.tensor(edges + [slots] * (like.cu_seqlens.numel() - len(edges)), dtype=torch.int32)
+    tail = torch.cat([torch.arange(b - a) for a, b in pairwise(edges) if a >= used] or [row.positions[:0]]).int()
+    fill = lambda x, value: F.pad(x, (0, slots - used), value=value)  # noqa: E731
+    positions = torch.cat([row.positions, tail])
+    return replace(like, tokens=fill(row.tokens, 0), labels=fill(row.labels, IGNORE), positions=positions, cu_seqlens=borders, filled=used)
+
+
+@torch.no_grad()
+def logprobs(net: nn.Module, batch: Batch, sum_over_context: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
+    """log p of every label of the row that this rank has a share of: [T] fp32 on the CPU, 0 where there is none."""
+    training = net.training
+    net.eval()
+    found = net(batch.to(device))
+    net.train(training)
+    if batch.slots is None:
+        return found.cpu()
+    whole = torch.zeros(int(batch.cu_seqlens.max()), device=device)
+    whole[batch.slots.to(device).long()] = found
+    return sum_over_context(whole).cpu()
 
 
 @torch.no_grad()

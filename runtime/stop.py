@@ -1,6 +1,6 @@
 """Stop requests by signal. A handler only sets a flag; the loop reads it between steps, and all ranks agree there.
 
-The first SIGTERM or SIGINT asks for a checkpoint and a clean end. A second one ends the process at once. Ctrl-C under
+The first SIGTERM, SIGINT or SIGUSR1 asks for a checkpoint and a clean end. A second one ends the process at once. Ctrl-C under
 torchrun reaches a rank twice, from the terminal and from the agent that forwards it, within milliseconds: signals within
 `GRACE_S` of the first count as the same request.
 """
@@ -13,7 +13,7 @@ import sys
 import time
 
 GRACE_S = 2.0
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Stop:

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from benchmarks import gpu, measure, micro, modes, report, runner, sides
+from benchmarks import durability, gpu, measure, micro, modes, report, runner, sides
 from benchmarks.runner import Cell, Job
 from benchmarks.sides import SHAPES, Ours, Theirs, Work
 from kernels import lora
@@ -281,3 +281,20 @@ def test_candidates_for_linears_with_adapters_are_exact(way, outs):
     found = made.backward()
     close([found[0], found[1], *found[2]], [dx, da, *db], 1e-14)
     assert torch.cat(low, 1).norm() > 0.01 * y.norm()  # adapters count
+
+
+# -- what it costs not to lose a run ---------------------------------------------------------------------------------------
+
+
+def test_durability(tmp_path):
+    assert durability.main(["--quick", "--out", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["found"]
+    ratios = ("async_step", "async_stall", "sync_stall", "verify_to_load", "verify_to_load_cpu", "crc_to_write", "crc_to_write_cpu")
+    for name in ratios:
+        low, high = found[f"{name}_quartiles"]
+        assert 0 < low <= found[name] <= high
+    assert found["saved_mib"] > 1 and min(found[name] for name in found if name.endswith("_s")) > 0
+
+
+def test_rounds_are_compared_with_themselves():
+    assert durability.ratio("x", [1.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == {"x": 2.0, "x_quartiles": [1.5, 2.5]}

@@ -5,7 +5,7 @@
     python -m tools.export --run out/lora-run --merge        full weights with the adapter merged in
 
 Runs on the CPU. Optimizer states are not loaded, and the base model only where its weights are part of the result. What was
-written is read back and compared before the folder appears under its name.
+written is loaded again and compared before the folder appears under its name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from runtime.errors import ConfigError, ModelError
 from tools import command
 
 if TYPE_CHECKING:
+    from model.config import LoraConfig
     from model.decoder import Decoder
+    from model.tensor_folder import Check
     from parallel.mesh import Mesh
 
 
@@ -83,6 +85,23 @@ def read_trained(checkpoint: Path, manifest: dict, net: Decoder) -> None:
     dcp.load(trained, storage_reader=Reader(checkpoint))
 
 
+def last_check(net: Decoder, lora: LoraConfig | None, folder: Path | None, adapter_only: bool) -> Check:
+    """What `net` computes, which holds a whole model, or only an adapter for the one in `folder`, against what is written."""
+    from model import build, probe
+    from model.safetensors_io import live, stored
+    from model.transforms.lora import apply_lora
+
+    if adapter_only and folder is None:
+        return probe.same_adapter_headers(net)
+    plain = build(net.arch)
+    base = stored(plain, folder) if adapter_only else None  # before it has adapters, which are not there
+    if lora is not None:
+        apply_lora(plain, lora)
+    row, trains, values = probe.row(net.arch.vocab_size), {n for n, p in net.named_parameters() if p.requires_grad}, live(net)
+    said = probe.logprobs(plain, lambda name: values(name) if base is None or name in trains else base(name), row)
+    return probe.same(net, row, said, base=folder if adapter_only else None)
+
+
 def run(args: argparse.Namespace) -> None:
     import torch
 
@@ -114,14 +133,15 @@ def run(args: argparse.Namespace) -> None:
         else:
             net.to_empty(device="cpu")  # pages nobody writes take no memory: a base that is not exported costs none
         read_trained(checkpoint, manifest, net)
+        check = last_check(net, cfg.lora, folder if pretrained else None, adapter_only)
         if adapter_only:
-            export_adapter(net, out, cfg.lora, cfg.model.path, tokenizer=folder, overwrite=args.overwrite)
+            export_adapter(net, out, cfg.lora, cfg.model.path, tokenizer=folder, overwrite=args.overwrite, check=check)
         else:
             dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
             dtype = dtypes[cfg.output.dtype if args.dtype == "auto" else args.dtype]
-            export_full(net, out, folder, dtype=dtype, overwrite=args.overwrite)
+            export_full(net, out, folder, dtype=dtype, overwrite=args.overwrite, check=check)
     use = f"--model {cfg.model.path} --adapter {out}" if adapter_only else f"--model {out}"
-    print(f"exported {checkpoint} to {out}, read back and compared\ntry it: python -m tools.generate {use} --chat 'Hello'")
+    print(f"exported {checkpoint} to {out}, loaded again and compared\ntry it: python -m tools.generate {use} --chat 'Hello'")
 
 
 def _parser() -> argparse.ArgumentParser:

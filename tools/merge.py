@@ -3,8 +3,8 @@
     python -m tools.merge --adapter out/run/export --out out/merged
     python -m tools.merge --adapter out/run/export --base meta-llama/Llama-3.1-8B --out out/merged --dtype bf16
 
-Needs no GPU and the memory of a few tensors, whatever the size of the model. What was written is read back and compared
-before the folder appears under its name. Tensors that the adapter does not touch keep their bytes.
+Needs no GPU and the memory of a few tensors, whatever the size of the model. What was written is loaded again and compared
+with the base and its adapter before the folder appears under its name. Tensors that the adapter does not touch keep their bytes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def run(adapter: Path, base: str | None, out: Path, dtype: str, overwrite: bool)
     """Merges `adapter` into `base` (None: the model its config names) and writes `out`."""
     import torch
 
+    from model import probe
     from model.hub import fetch
     from model.safetensors_io import merge_folders
     from model.tensor_folder import read_json
@@ -33,7 +34,12 @@ def run(adapter: Path, base: str | None, out: Path, dtype: str, overwrite: bool)
     if not isinstance(named, str) or not named:
         raise ModelError("names no base model; give one with --base", config)
     dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    merge_folders(fetch(named), adapter, out, dtype=dtypes[dtype], overwrite=overwrite)
+
+    def check(net, values):
+        row = probe.row(net.arch.vocab_size)
+        return probe.same(net, row, probe.logprobs(net, values, row))
+
+    merge_folders(fetch(named), adapter, out, dtype=dtypes[dtype], overwrite=overwrite, check=check)
     print(f"merged {adapter} into {named}: {out}\npython -m tools.generate --model {out} --prompt ...")
 
 

@@ -53,8 +53,19 @@ class Found:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What was saved beside the tensors."""
-        return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+        """What was saved beside the tensors.
+
+        Raises:
+            ModelError: another program wrote it, and sealed it as ours.
+        """
+        path = self.path / "state.json"
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as e:
+            raise ModelError(f"is not one of ours: {e}", path) from None
+        if not isinstance(state, dict):
+            raise ModelError("is not one of ours: it must hold a JSON object", path)
+        return state
 
 
 @dataclass(frozen=True)

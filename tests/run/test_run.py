@@ -230,7 +230,7 @@ def test_the_optimizer_of_one_launch_resumes(make):
 
 
 def test_an_early_stopped_run_goes_on_with_more_patience_and_a_finished_one_merges_on_request(make):
-    argv, out = make("[train]\nsteps = 12\n[optim]\nlr = 0.0\n[lora]\nrank = 2\n[eval]\nevery = 2\nsplit = 6\npatience = 2\n")
+    argv, out = make("[train]\nsteps = 12\n[lora]\nrank = 2\n[eval]\nevery = 2\nsplit = 6\npatience = 2\nmin_delta = 100.0\n")
     ok(argv, 1, out)
     assert max(r["step"] for r in read(out / "metrics.jsonl")) == 6
     ok([*argv, "--eval.patience=0"], 1, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,20 @@ def test_errors_that_quote_one_do_not_say_it(base, tmp_path):
                 assert "bad.jsonl:1: " in said(lambda: prepare(cfg, cfg.sources, tokenizer, tmp_path / "cache", 0))  # noqa: B023
         for word in (f"--optim.lr={secret}", f"--{secret}=1", secret, f"--lora.targets=['{'x' * 100}{secret}", f"--{'x' * 110}{secret}=1"):
             said(lambda: parse_args(RunConfig, ["--config", str(config), word]))  # noqa: B023
+
+
+def test_what_is_said_of_records_left_out_says_none(base, tmp_path):
+    """data.on_bad = "skip": the report, the cache that keeps its reasons, and the error when there are too many."""
+    tokenizer, path = Tokenizer.load(base[0]), tmp_path / "some.jsonl"
+    rows = [{"messages": [{"role": secret.strip(), "content": "x"}]} for secret in (*SECRETS.values(), URL, HUB)]
+    rows += [{secret.strip(): 1} for secret in SECRETS.values()] + [json.loads(line) for line in base[1].read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    cfg = DataConfig(sources=(SourceConfig(path=str(path), format="chat"),), on_bad="skip", max_bad=0.5)
+    report = prepare(cfg, cfg.sources, tokenizer, tmp_path / "cache", 0).report()
+    assert "18 of 48 records are wrong" in report and "***" in report and "PLANTED" not in report
+    assert found(tmp_path / "cache") == []
+    few = replace(cfg, max_bad=0.1)
+    assert "18 of 48 records are wrong" in said(lambda: prepare(few, few.sources, tokenizer, tmp_path / "cache", 0))
 
 
 def test_a_crash_says_none(base, tmp_path, monkeypatch):
