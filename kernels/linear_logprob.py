@@ -17,9 +17,10 @@ Everything runs over chunks of rows whose logits fit a budget. The derivative of
 
 needs no upstream gradient, so the forward computes it while it has the logits, and the backward for any upstream gradient g
 (a plain sum, per-token weights, preference losses) is dh_t = g_t (u_t W). For a trained head dW = (g u)^T h mixes rows after g
-is known: the backward computes the logits again, unless one chunk held them all and kept its u. In products of 2 T V D
-operations: 2 for a frozen head, 4 for a trained one, 3 if it fits one chunk. (That chunks need not cost a recomputation is
-known for sums, as in Liger; the chunking itself is that of apple/ml-cross-entropy, arXiv 2411.09009.)
+is known: the backward computes the logits again, unless one chunk held them all and kept its u. Where the caller says that g will be
+one number for all rows, as under a sum (`summed`), the forward adds up u^T h, and dW is g times that. In products of 2 T V D
+operations: 2 for a frozen head, 3 for a trained one under a sum or in one chunk, else 4. (That sums need no recomputation is used by
+Liger, arXiv 2410.10989; the chunking itself is that of apple/ml-cross-entropy, arXiv 2411.09009.)
 
 Logits and all sums over them are fp32 (fp64 for fp64 inputs), dW accumulates in it. Rows whose label is negative give 0 and get no
 gradient; they are left out of the products where the host knows how many rows are left: on the CPU always, elsewhere if the caller
@@ -128,6 +129,7 @@ def linear_logprob(
     split: Vocabulary | None = None,
     learned: int | None = None,
     impl: str = "torch",
+    summed: bool = False,
 ) -> Tensor:
     """log p(label) per row.
 
@@ -140,11 +142,12 @@ def linear_logprob(
         split: `weight` holds only some rows of the vocabulary; None: all.
         learned: how many labels are not negative, exactly, where the host knows; another number is a device-side assertion.
         impl: a key of `IMPLS`.
+        summed: every row will get the same gradient, as under a sum; another one is a device-side assertion. It can be taken once.
 
     Returns:
         [T] fp32 (fp64 for fp64 `hidden`).
     """
-    return _scores(hidden, weight, labels, softcap, budget, split, learned, impl, None)[0]
+    return _scores(hidden, weight, labels, softcap, budget, split, learned, impl, None, summed)[0]
 
 
 def linear_scores(
@@ -157,16 +160,17 @@ def linear_scores(
     learned: int | None = None,
     impl: str = "torch",
     extras: Extras = PLAIN,
+    summed: bool = False,
 ) -> Scores:
     """`linear_logprob` with what a loss may want beside it, at the price of the same products."""
-    return Scores(*_scores(hidden, weight, labels, softcap, budget, split, learned, impl, extras))
+    return Scores(*_scores(hidden, weight, labels, softcap, budget, split, learned, impl, extras, summed))
 
 
-def _scores(hidden, weight, labels, softcap, budget, split, learned, impl, extras) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _scores(hidden, weight, labels, softcap, budget, split, learned, impl, extras, summed) -> tuple[Tensor, Tensor | None, Tensor | None]:
     budget = budget or BUDGET["cuda" if _gpu(hidden) else "cpu"]
     rows = max(16, budget // (4 * (weight.shape[0] if split is None else split.most)))
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-    return _LinearScores.apply(hidden, weight, labels, _How(softcap, rows, split, learned, impl, extras), *needs)
+    return _LinearScores.apply(hidden, weight, labels, _How(softcap, rows, split, learned, impl, extras, summed), *needs)
 
 
 class _How(NamedTuple):
@@ -176,6 +180,7 @@ class _How(NamedTuple):
     learned: int | None
     impl: str
     extras: Extras | None  # None: nothing but log-probabilities is to be returned
+    summed: bool
 
 
 def _gpu(x: Tensor) -> bool:
@@ -204,19 +209,26 @@ class _LinearScores(torch.autograd.Function):
         sums = torch.empty(4, count, dtype=_wide(hidden.dtype), device=hidden.device)
         slopes = hidden.new_empty(count, hidden.shape[1]) if needs_dh else None  # u W, the row's gradient but for g
         only = None  # u of the only chunk
+        ctx.dw = torch.zeros(weight.shape, dtype=_wide(weight.dtype), device=weight.device) if needs_dw and how.summed else None
+        has_label = (labels >= 0).to(sums.dtype)[:, None] if ctx.dw is not None and kept is None else None
+        later = needs_dw and not how.summed
         for c in chunks:
-            found, state = impl.read(_mm(_rows(hidden, kept, c), w.T), label[c], how.softcap, extras)
+            h = _rows(hidden, kept, c)
+            found, state = impl.read(_mm(h, w.T), label[c], how.softcap, extras)
             sums[:, c] = found if how.split is None else _joined(found, how.split)
-            if needs_dh or (needs_dw and len(chunks) == 1):
-                u = impl.slope(state, label[c], sums[0, c], how.softcap, extras, vocabulary, None, hidden.dtype)
+            if needs_dh or (needs_dw and (how.summed or len(chunks) == 1)):
+                scale = None if has_label is None else has_label[c]
+                u = impl.slope(state, label[c], sums[0, c], how.softcap, extras, vocabulary, scale, hidden.dtype)
                 if needs_dh:
                     torch.mm(u, w, out=slopes[c])
-                if len(chunks) == 1:
+                if ctx.dw is not None:
+                    _accumulate(ctx.dw, u, h)
+                elif len(chunks) == 1:
                     only = u
             del state  # before the next chunk's logits
         lse, chosen, total, mean = sums
-        ctx.save_for_backward(*((hidden, weight, lse.clone(), only) if needs_dw else (None,) * 4), labels, kept, slopes)
-        ctx.how = how
+        ctx.save_for_backward(*((hidden, weight, lse.clone(), only) if later else (None,) * 4), labels, kept, slopes)
+        ctx.how, ctx.dtype = how, weight.dtype
         logp = chosen - lse
         value = (1 - extras.smoothing) * logp - extras.z_loss * lse.square()
         if extras.smoothing:
@@ -238,7 +250,11 @@ class _LinearScores(torch.autograd.Function):
             dh = (g * slopes).to(slopes.dtype)
             if kept is not None:
                 dh = dh.new_zeros(labels.shape[0], dh.shape[1]).index_copy_(0, kept, dh)
-        if weight is not None:
+        if how.summed:
+            torch._assert_async(((grad == grad[0]) | grad.isnan()).all(), "`summed`, but rows have different gradients")
+            dw, ctx.dw = ctx.dw, None
+            dw = None if dw is None else dw.mul_(grad[0]).to(ctx.dtype)
+        elif weight is not None:
             w, label = weight.to(hidden.dtype), _columns(label, weight, how.split)
             dw = torch.zeros(weight.shape, dtype=_wide(weight.dtype), device=weight.device)
             for c in _chunks(label.shape[0], how.rows):

@@ -85,18 +85,19 @@ class Decoder(nn.Module):
         """Computes what is neither loaded nor trained; call it after `to_empty`."""
         self.model.rotary.reset_buffers(device)
 
-    def forward(self, row: Row, logits_at: Tensor | None = None, extras: Extras | None = None) -> Tensor | Scores:
+    def forward(self, row: Row, logits_at: Tensor | None = None, extras: Extras | None = None, summed: bool = False) -> Tensor | Scores:
         """log p(labels[t] | all that slot t sees): [T] fp32, 0 where the label is negative.
 
         With `logits_at` ([M] int64, slots) the logits of those slots instead: [M, V] fp32.
         With `extras` the scores that they name, of which a loss takes `value` (kernels/linear_logprob.py).
+        summed: the result will be summed without weights, so that each slot gets the same gradient; a trained head is cheaper then.
         """
         h = self.model(row, self.compute_dtype)
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         weight = here(head.weight)
         if logits_at is not None:
             return logits(h[logits_at], weight, self.arch.logit_softcap, head.shard)
-        how = {"budget": self.logits_bytes, "learned": row.targets, "impl": self.head_impl, "extras": extras}
+        how = {"budget": self.logits_bytes, "learned": row.targets, "impl": self.head_impl, "extras": extras, "summed": summed}
         return token_logprobs(h, weight, row.labels, self.arch.logit_softcap, head.shard, **how)
 
     def logits(self, input_ids: Tensor) -> Tensor:

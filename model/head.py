@@ -37,15 +37,18 @@ def token_logprobs(
     learned: int | None = None,
     impl: str = "torch",
     extras: Extras | None = None,
+    summed: bool = False,
 ) -> Tensor | Scores:
     """hidden: [T, D], weight: [V, D], labels: [T] int64 -> log p(label) [T] fp32, 0 where the label is negative.
 
     With `split`, `weight` is this rank's rows of the vocabulary. budget: bytes of a buffer of logits; None: as suits the device.
     learned: how many labels are not negative, where the host knows. impl: a key of kernels/linear_logprob.py `IMPLS`.
-    With `extras`, the scores that they name.
+    With `extras`, the scores that they name. summed: every row will get the same gradient.
     """
     how = (softcap, budget, split, learned, impl)
-    return linear_logprob(hidden, weight, labels, *how) if extras is None else linear_scores(hidden, weight, labels, *how, extras)
+    if extras is None:
+        return linear_logprob(hidden, weight, labels, *how, summed)
+    return linear_scores(hidden, weight, labels, *how, extras, summed)
 
 
 def logits(hidden: Tensor, weight: Tensor, softcap: float | None = None, split: Vocabulary | None = None) -> Tensor:

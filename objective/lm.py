@@ -33,8 +33,8 @@ def loss(net: nn.Module, batch: Batch, units: float, cfg: LmConfig = PLAIN) -> T
     Its gradient is that of what `cfg` says to minimize: - sum_t value_t / units (kernels/linear_logprob.py).
     """
     if cfg == PLAIN:
-        return -net(batch).sum() / units
-    scores = net(batch, extras=Extras(cfg.label_smoothing, cfg.z_loss))
+        return -net(batch, summed=True).sum() / units
+    scores = net(batch, extras=Extras(cfg.label_smoothing, cfg.z_loss), summed=True)
     minimized, plain = (-x.sum() / units for x in (scores.value, scores.logp))
     return minimized + (plain - minimized).detach()
 

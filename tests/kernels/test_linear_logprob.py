@@ -62,6 +62,41 @@ def test_every_subset_of_gradients(impl, softcap):
     assert not plain.value.requires_grad and plain.entropy is None
 
 
+@pytest.mark.parametrize("impl", op.IMPLS)
+@pytest.mark.parametrize("gpu", [False, True], ids=["rows taken out", "rows zeroed"])
+def test_under_a_sum_a_trained_head_costs_no_second_logits(impl, gpu, monkeypatch):
+    """Every subset of gradients, in several chunks and in one; rows of logits counted."""
+    logits, mm = [], op._mm
+    monkeypatch.setattr(op, "_mm", lambda a, b: logits.append(a.shape[0]) or mm(a, b))
+    monkeypatch.setattr(op, "_gpu", lambda x: gpu or x.is_cuda)
+    hidden, weight, labels, grads = made(40, times=5)
+    rows = len(labels) if op._kept(labels, None) is None else (labels >= 0).sum().item()
+    same = [torch.full_like(g, -0.37) for g in grads]
+    for needs, budget, softcap in itertools.product(SUBSETS, (None, 1), (None, 1.5)):
+        close(*both((hidden, weight), labels, same, needs, softcap, impl=impl, budget=budget, summed=True))
+        h, w = hidden.clone().requires_grad_(needs[0]), weight.clone().requires_grad_(needs[1])
+        made_before = len(logits)
+        op.linear_logprob(h, w, labels, softcap, budget, impl=impl, summed=True).sum().backward()
+        assert sum(logits[made_before:]) == rows
+    wide = [x.double() for x in (hidden, weight)]
+    close(*both(wide, labels, [g.double() for g in same], budget=1, summed=True), bound=1e-13)
+    monkeypatch.setattr(op, "_gpu", lambda x: x.is_cuda)  # no fp32 products of bf16 on a CPU
+    half = [x.bfloat16() for x in (hidden, weight)]
+    close(*both(half, labels, same, budget=1, summed=True, impl=impl), bound=HALF_BOUND)
+
+
+@pytest.mark.skipif(device() == "cuda", reason="on a GPU the assertion ends the process")
+def test_what_is_no_sum_is_not_taken_for_one():
+    hidden, weight, labels, grads = made(40)
+    weight.requires_grad_()
+    logp = op.linear_logprob(hidden, weight, labels, summed=True)
+    with pytest.raises(RuntimeError, match="`summed`, but rows have different gradients"):
+        logp.backward(grads[0])
+    nan = op.linear_logprob(hidden, weight, labels, summed=True).sum()
+    nan.backward(torch.tensor(float("nan"), device=device()))  # the loss was not finite, and is said to be by the gradients
+    assert weight.grad.isnan().all()
+
+
 def test_exact_in_fp64():
     """The formulas, without rounding in the way."""
     for softcap, extras, budget in itertools.product((None, 1.5), EXTRAS, (None, 1)):
