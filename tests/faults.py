@@ -1,8 +1,9 @@
-"""Signals, full disks and damaged files: what each does to a run, counted.
+"""Signals, full disks, damaged files and a launcher that restarts: what each does to a run, counted.
 
     python -m tests.faults signals --count 100      [--seed 0] [--out benchmarks/results/faults.json] [--each N] [--folder DIR]
     python -m tests.faults disks   --count 20
     python -m tests.faults damage  --count 1000
+    python -m tests.faults restarts --count 25
 
 Runs are those of tests/campaign.py, with an evaluation. Every record that a run logs and every byte that it exports in the end must equal
 those of the same run that nobody disturbed. The counts live in a section of the file and are written after each visit; the same command
@@ -24,6 +25,10 @@ of its own; where that is not allowed, a limit on the size of files stands for i
 damage. One file of the newest checkpoint or of the two newest is changed as disks and copies do: a bit, a block of zeros, a byte too many,
 the end cut off, gone. Verification must find it (undetected) and name the file (unnamed), and both ranks must go back to the newest
 checkpoint that is intact (wrong_choices). Twice a visit a whole run starts from there, and must end like the undisturbed one.
+
+restarts. Under `torchrun --max-restarts 3` one rank is killed up to three times, half of the time before it has trained again: torchrun
+must get it through by itself (lost_runs). Or torchrun itself is killed: its ranks must end by themselves (hangs), unless they had not met
+yet, and the same command must go on.
 """
 
 from __future__ import annotations
@@ -37,6 +42,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -49,12 +55,13 @@ import torch
 import torch.distributed as dist
 
 from parallel import local
+from parallel.start import process_state
 from runtime import stop
 from runtime.checkpoint import Checkpointer, checkpointer, store
 from runtime.checkpoint.store import Damaged, Store
 from runtime.sections import CheckpointConfig
 from tests import campaign, launch
-from tests.campaign import START_S, STEPS, SURVIVE_S, WORLD, Stage
+from tests.campaign import START_S, STEPS, SURVIVE_S, WORLD, Stage, records
 from tests.runtime.saving import hurt, run_folder
 
 EVALUATION = "[eval]\nsplit = 0.5\nevery = 3\n"
@@ -367,17 +374,18 @@ def damaged(stage: Stage, out: Path, most: int) -> int:
     stage = replace(stage, case=replace(stage.case, more=("--checkpoint.keep=3",)))
     ranks = stage.start(out)
     assert ranks.wait(START_S) == [0] * WORLD, ranks.output()
+    stage.check_records(out)
     stage.check_end(out)
     with run_folder() as folder:
         seed = dice.randrange(1 << 30)
         shutil.copytree(out / "checkpoints", folder / "whole")
-        for counted, problems in local.run(fall_back, WORLD, folder, most, seed, timeout=600.0)[:1]:
-            for kind in counted:
-                counts.add("damages")
-                counts.of("by", kind)
-            for key, what in problems:
-                stage.wrong(key, out, what)
-    counts.add("fall_backs", len(counted))
+        kinds, rounds, problems = local.run(fall_back, WORLD, folder, most, seed, timeout=600.0)[0]
+    for kind in kinds:
+        counts.add("damages")
+        counts.of("by", kind)
+    for key, what in problems:
+        stage.wrong(key, out, what)
+    counts.add("fall_backs", rounds)
     for _ in range(2):
         again = out.with_name(f"{out.name}_{dice.randrange(1 << 30)}")
         shutil.copytree(out, again)
@@ -396,21 +404,23 @@ def damaged(stage: Stage, out: Path, most: int) -> int:
     return most
 
 
-def fall_back(rank: int, world: int, folder: Path, most: int, seed: int) -> tuple[list[str], list[tuple[str, str]]]:
-    """Damages copies of the checkpoints in `folder / "whole"`, and finds where to begin. Returns kinds of damage, and problems."""
+def fall_back(rank: int, world: int, folder: Path, most: int, seed: int) -> tuple[list[str], int, list[tuple[str, str]]]:
+    """Damages copies of the checkpoints in `folder / "whole"`, and finds where to begin. Returns kinds of damage, how often it fell back,
+    and problems."""
     torch.set_num_threads(1)
     dice, kinds, problems, run = random.Random(seed), [], [], Store(folder)
     shape = store.read_manifest(max((folder / "whole").glob("step_*"), key=store.step_of))
     said: list[str] = []
+    rounds = 0
     if rank == 0:
         shutil.copytree(folder / "whole", run.folder)
     ckpt = Checkpointer(folder, CheckpointConfig(keep=3), shape["identity"], "", shape["config"], say=said.append)
     while len(kinds) < most:
-        hit = {}
+        hit, rounds = {}, rounds + 1
         if rank == 0:
             shutil.rmtree(run.folder)
             shutil.copytree(folder / "whole", run.folder)
-            for path in run.steps()[: dice.choice((1, 2))]:
+            for path in run.steps()[: min(dice.choice((1, 2)), most - len(kinds))]:
                 name, kind = hurt(path, dice)
                 hit[path] = name
                 kinds.append(kind)
@@ -433,7 +443,104 @@ def fall_back(rank: int, world: int, folder: Path, most: int, seed: int) -> tupl
                 if not any(line.startswith(f"skipped {path.resolve()}: ") and name in line for line in said):
                     problems.append(("unnamed", f"{hit}: {said}"))
         dist.barrier()
-    return kinds, problems
+    return kinds, rounds, problems
+
+
+# ----------------------------------------------------------------------------------------------------------------- restarts
+
+RESTARTS = 3
+TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(WORLD))
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Restarts(campaign.Counts):
+    GOOD = ("kills", "of_torchrun", "before_they_met", "restarts")
+
+
+def restarted(stage: Stage, out: Path, most: int) -> int:
+    """One run under torchrun, killed up to `most` times. Returns how often."""
+    counts, dice, kills = stage.counts, stage.dice, 0
+    out.mkdir()
+    while True:
+        begun, counted = time.monotonic(), kills
+        counts.add("starts")
+        with open(out / "torchrun.txt", "a") as said:
+            command = [sys.executable, *TORCHRUN, "--max-restarts", str(RESTARTS), "train.py", *stage.case.argv(out)]
+            agent = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        whole, workers = dice.random() < 0.25, []
+        for _ in range(min(most - kills, 1 if whole else RESTARTS)):
+            workers = new_workers(agent, workers)
+            if not workers:
+                break
+            moment(out, agent, workers, dice)
+            victim = agent.pid if whole else dice.choice(workers)
+            if agent.poll() is None and process_state(victim) == "runs":
+                os.kill(victim, signal.SIGKILL)
+                kills += 1
+                counts.add("kills")
+        if whole and kills > counted:
+            counts.add("of_torchrun")
+            agent.wait()
+            met = all(f"pid {pid}" in log_of(out) for pid in workers)
+            counts.add("before_they_met", not met)
+            if not ended(workers, SURVIVE_S if met else 2.0):
+                if met:
+                    stage.wrong("hangs", out, f"ranks outlive torchrun: {log_of(out)}")
+                for pid in workers:
+                    if process_state(pid) == "runs":
+                        os.kill(pid, signal.SIGKILL)
+            stage.check_records(out)
+            continue
+        try:
+            code = agent.wait(START_S + begun - time.monotonic() + 30 * RESTARTS)
+        except subprocess.TimeoutExpired:
+            agent.terminate()
+            code = f"none, it hangs: {agent.wait()}"
+        counts.add("restarts", kills - counted)
+        stage.check_records(out)
+        if code != 0:
+            stage.wrong("lost_runs", out, f"torchrun's exit code is {code}\n{(out / 'torchrun.txt').read_text()[-3000:]}")
+            return max(kills, 1)
+        break
+    stage.check_end(out)
+    return kills
+
+
+def log_of(out: Path) -> str:
+    return "".join(path.read_text(errors="replace") for path in (out / "logs").glob("rank_*.log")) if (out / "logs").is_dir() else ""
+
+
+def new_workers(agent: subprocess.Popen, old: list[int]) -> list[int]:
+    """torchrun's ranks, once they are others than `old`; none if it ends instead."""
+    while agent.poll() is None:
+        found = [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
+        found = [pid for pid in found if process_state(pid) == "runs"]
+        if len(found) == WORLD and not set(found) & set(old):
+            return found
+        time.sleep(0.01)
+    return []
+
+
+def moment(out: Path, agent: subprocess.Popen, workers: list[int], dice: random.Random) -> None:
+    """Waits: for a while after the ranks started, or for a while after they trained."""
+    begun, before = time.monotonic(), records(out).keys()
+    if dice.random() < 0.5:
+        until = begun + dice.uniform(0, 6)
+    else:
+        while agent.poll() is None and records(out).keys() == before and time.monotonic() < begun + START_S:
+            time.sleep(0.01)
+        until = time.monotonic() + dice.uniform(0, 0.5)
+    while agent.poll() is None and time.monotonic() < until:
+        time.sleep(0.005)
+
+
+def ended(pids: list[int], within_s: float) -> bool:
+    until = time.monotonic() + within_s
+    while any(process_state(pid) != "ended" for pid in pids):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 # --------------------------------------------------------------------------------------------------------------------- main
@@ -442,6 +549,7 @@ KINDS: dict[str, tuple[type[campaign.Counts], Callable[[Stage, Path, int], int],
     "signals": (Signals, signalled, 10),
     "disks": (Disks, tight, 4),
     "damage": (Damages, damaged, 100),
+    "restarts": (Restarts, restarted, 5),
 }
 
 

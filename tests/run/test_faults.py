@@ -1,0 +1,26 @@
+"""Slices of the campaigns whose counts are benchmarks/results/faults.json: signals, full disks, damaged files."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import faults
+
+SLICES = {"signals": 6, "disks": 2, "damage": 30}
+
+
+@pytest.mark.parametrize("kind", SLICES)
+def test_nothing_is_lost(tmp_path, kind):
+    number = SLICES[kind]
+    counts = faults.count(kind, number, tmp_path / "counts.json", seed=1, each=number, folder=tmp_path)
+    assert {key: counts[key] for key in counts.BAD} == dict.fromkeys(counts.BAD, 0)
+    assert counts["visits"] == 1 and counts["runs"] >= 1 and counts["records"] >= 14 * counts["runs"]
+    if kind == "signals":
+        assert counts["signals"] == number == sum(counts["in"].values())
+        assert counts["saved"] >= 2 and counts["starts"] == number + counts["runs"] - counts["at_the_end"]
+    elif kind == "disks":
+        assert counts["disks"] == number and counts["failed_saves"] >= 2 and counts["saves"] >= 1 and counts["starts"] == 2 * number
+    else:
+        assert counts["damages"] == number > counts["fall_backs"] >= number // 2 and counts["resumed_runs"] == 2
+    again = faults.count(kind, number, tmp_path / "counts.json", seed=1, folder=tmp_path)
+    assert again.data == counts.data, "what is counted is not done again"
