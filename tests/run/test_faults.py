@@ -1,4 +1,4 @@
-"""Slices of the campaigns whose counts are benchmarks/results/faults.json: signals, full disks, damaged files."""
+"""Slices of the campaigns whose counts are benchmarks/results/faults.json: signals, full disks, damaged files, torchrun's restarts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests import faults
 
-SLICES = {"signals": 6, "disks": 2, "damage": 30}
+SLICES = {"signals": 6, "disks": 2, "damage": 30, "restarts": 1}
 
 
 @pytest.mark.parametrize("kind", SLICES)
@@ -20,7 +20,9 @@ def test_nothing_is_lost(tmp_path, kind):
         assert counts["saved"] >= 2 and counts["starts"] == number + counts["runs"] - counts["at_the_end"]
     elif kind == "disks":
         assert counts["disks"] == number and counts["failed_saves"] >= 2 and counts["saves"] >= 1 and counts["starts"] == 2 * number
-    else:
+    elif kind == "damage":
         assert counts["damages"] == number > counts["fall_backs"] >= number // 2 and counts["resumed_runs"] == 2
+    else:
+        assert counts["kills"] == number == counts["restarts"] + counts["of_torchrun"]
     again = faults.count(kind, number, tmp_path / "counts.json", seed=1, folder=tmp_path)
     assert again.data == counts.data, "what is counted is not done again"
