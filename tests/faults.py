@@ -13,7 +13,7 @@ signals. SIGTERM, SIGINT or SIGUSR1 to one rank at a random moment, aimed at a p
 an evaluation, in a save. A rank notes where it is in memory shared with this process. Then the same command goes on. Both ranks must end
 with code 0, the step must be saved (unsaved), at most the step in progress may be lost (lost_steps), and it may take `END_S` and
 `BUSY` times a step and a save (late). Before training there is nothing to save: the process ends as it would without us, and so do the
-others. `SECOND` of them are followed by a second signal, in a save that the disk has made slow: the process must end at once (`AT_ONCE_S`)
+others. One in six is followed by a second signal, in a save that the disk has made slow: the process must end at once (`AT_ONCE_S`)
 with 128 + its number, the others notice, and the newest complete checkpoint is where the next start begins (wrong_codes).
 
 disks. One disk of each size from 0.2 to 3 checkpoints, in turn: small from the beginning, or so much is left when something else fills it
@@ -68,7 +68,6 @@ EVALUATION = "[eval]\nsplit = 0.5\nevery = 3\n"
 
 # ------------------------------------------------------------------------------------------------------------------ signals
 
-SECOND = 0.15
 END_S = 2.0
 BUSY = 4.0  # how much slower than in the undisturbed run a step or a save may be, on a machine with other work
 AT_ONCE_S = 1.0
@@ -113,7 +112,9 @@ def signalled(stage: Stage, out: Path, most: int) -> int:
     sent = 0
     while True:
         number, victim = dice.choice(stop.SIGNALS), dice.randrange(WORLD)
-        target, twice = (dice.choice(AIMS), dice.random() < SECOND) if sent < min(most, PATIENCE) else ("", False)
+        target = dice.choice(AIMS) if sent < min(most, PATIENCE) else ""
+        twice = bool(target) and counts["second_signals"] < (counts["signals"] + 3) // 6
+        target = dice.choice(("step", "evaluation", "save")) if twice else target
         watch.reading_s = READING_S * (target == "data")
         watch.at_point = lambda point: (
             time.sleep(SLOW_DISK_S) if twice and point == "fsync" and watch.asked(int(os.environ["RANK"])) else None  # noqa: B023
