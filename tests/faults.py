@@ -137,7 +137,7 @@ def signalled(stage: Stage, out: Path, most: int) -> int:
             counts.of("in", where if listening else "before training")
             counts.of("layouts", stage.choice["layout"])
         if delivered and twice and listening:
-            second = again(ranks, victim, number, begun, dice)
+            second = again(ranks, victim, begun, dice)
         try:
             codes = ranks.end_after_one() if delivered and not watch.met(victim) else ranks.wait(SURVIVE_S if delivered else START_S)
         except AssertionError as hang:
@@ -175,7 +175,7 @@ def signalled(stage: Stage, out: Path, most: int) -> int:
     return sent
 
 
-def again(ranks: launch.Ranks, victim: int, number: int, begun: float, dice: random.Random) -> tuple[int, float] | None:
+def again(ranks: launch.Ranks, victim: int, begun: float, dice: random.Random) -> tuple[int, float] | None:
     """A second signal, once it counts as one; which, and how long the process lived. None if it had ended before."""
     while time.monotonic() < begun + stop.GRACE_S + 0.3:
         ranks.poll()
