@@ -1,6 +1,6 @@
 """Signals, full disks, damaged files and a launcher that restarts: what each does to a run, counted.
 
-    python -m tests.faults signals --count 100      [--seed 0] [--out benchmarks/results/faults.json] [--each N] [--folder DIR]
+    python -m tests.faults signals --count 150      [--seed 0] [--out benchmarks/results/faults.json] [--each N] [--folder DIR]
     python -m tests.faults disks   --count 20
     python -m tests.faults damage  --count 1000
     python -m tests.faults restarts --count 25
