@@ -42,6 +42,8 @@ def make(tmp_path, monkeypatch):
 
     def poisoned(self, batch, *args, **more):
         found = forward(self, batch, *args, **more)
+        if not self.training:  # what looks at the export
+            return found
         document = batch.document()
         for token, kind in ids.items():
             there = torch.zeros(batch.cu_seqlens.numel(), dtype=torch.bool)
