@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -318,14 +319,15 @@ def utilization(net: Decoder, documents: Documents, mesh: Mesh) -> float | None:
 class Reporter:
     """Where numbers go: metrics.jsonl and trackers (rank 0), and the progress line. Resuming drops records of undone steps."""
 
-    def __init__(self, cfg: RunConfig, log: Log, rank: int, step: int, total: int):
+    def __init__(self, cfg: RunConfig, log: Log, rank: int, state: dict, total: int):
         from runtime.log import Progress
         from runtime.metrics import Metrics
 
+        step = state["step"]
         self.progress, self.metrics = Progress(log, total, step), None
         if rank == 0:
             self.metrics = Metrics(Path(cfg.output.path), cfg.log.trackers, flatten(cfg), cfg.log.project, cfg.log.name, log)
-            self.metrics.rewind(step if step else -1)
+            self.metrics.rewind(step if step else -1, evaluated=not state["evaluate"])
 
     def record(self, numbers: dict[str, object]) -> None:
         if self.metrics is not None:
@@ -384,13 +386,14 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         ckpt = Checkpointer(out, cfg.checkpoint, who, resolved, flatten(cfg), rules=DRIFT, layout=mesh.axes, say=log)
         found = ckpt.find()
         state = {"step": 0, "tokens": 0, "packs_per_step": mesh.data_size * cfg.train.accumulate, "early": {}, "meters": {}, "guard": {}}
-        state |= found.state if found else {}
+        state |= {"evaluate": False} | (found.state if found else {})  # evaluate: a stop cut an evaluation short at this step
         place = {"tokens": cfg.data.tokens, "max_length": cfg.data.longest, "seed": cfg.train.seed}
         place |= {"rank": mesh.data_rank, "size": mesh.data_size}
         stream = Stream(inputs.documents, shuffle=True, accumulate=accumulation(state["packs_per_step"], mesh), **place)
         held_out = Stream(inputs.held_out, shuffle=False, accumulate=1, **place) if inputs.held_out else None
         total = cfg.train.steps or stream.steps(cfg.train.epochs or 1)
         early = EarlyStop(cfg.eval.patience if cfg.eval else 0, cfg.eval.min_delta if cfg.eval else 0.0, **state["early"])
+        state["evaluate"] &= held_out is not None
         ended = early.ends or state["step"] >= total
         if ended and exported(out) == result(cfg, state["step"]):
             return log(f"this run has ended at step {state['step']}; its result is in {out / 'export'}")
@@ -414,7 +417,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         data = (inputs.documents.report(), *kept_back, stream.report(), stream.preview(inputs.tokenizer))
         for line in (mesh.describe(), *report, chosen, *data):
             log(line)
-        reporter, meters = Reporter(cfg, log, launch.rank, state["step"], total), Meters(mesh, **state["meters"])
+        reporter, meters = Reporter(cfg, log, launch.rank, state, total), Meters(mesh, **state["meters"])
         stack.callback(reporter.close)
         guard = Guard(cfg.train, out, ckpt.team, log, lambda: way_back(out), **state["guard"])
         mfu_per_token_s = utilization(net, inputs.documents, mesh)
@@ -435,8 +438,25 @@ def run(cfg: RunConfig, launch: Launch) -> None:
             packs = [(batch.pack, zip(*found)) for batch, found in zip(micro, losses)]
             return [{"pack": n, "loss": loss, **inputs.documents.about(i, inputs.tokenizer)} for n, pack in packs for i, loss in pack]
 
+        def voted() -> bool:
+            return bool(mesh.sum_over_data(torch.tensor([int(stop.requested is not None)]), votes=1))
+
+        def evaluated(step: int) -> bool:
+            """False if a rank was asked to stop meanwhile: then the run that goes on from here evaluates."""
+            numbers = takewhile(lambda _: not voted(), range(1, held_out.steps_per_epoch + 1))
+            batches = (split(held_out.take(s)[0], mesh) for s in numbers)
+            found = evaluate(net, batches, inputs.held_out.sources, mesh.sum_over_data, device)
+            if voted():
+                return False
+            reporter.record({"step": step, **found})
+            early.update(found["eval_loss"])
+            return True
+
         net.train()
-        for step in range(state["step"] + 1, total + 1) if not ended else ():
+        if state["evaluate"]:
+            state["evaluate"] = not evaluated(state["step"])
+            ended = (ended or early.ends) and not state["evaluate"]
+        for step in range(state["step"] + 1, total + 1) if not (ended or state["evaluate"]) else ():
             peers.at(step)
             begun, micro = time.monotonic(), [split(batch, mesh) for batch in stream.take(step)]
             counts = torch.tensor([sum(map(lm.count, micro)), sum(batch.filled for batch in micro), stop.requested is not None])
@@ -456,33 +476,30 @@ def run(cfg: RunConfig, launch: Launch) -> None:
             opt.zero_grad(set_to_none=True)
 
             state |= {"step": step, "tokens": state["tokens"] + tokens}
-            ended = step == total
+            last = step == total
             meters.add(tokens, time.monotonic() - begun)
             reporter.progress.step(step)
-            if step % cfg.log.every == 0 or ended:
+            if step % cfg.log.every == 0 or last:
                 numbers = meters.read() | {"grad_norm": norm, "lr": lr, "tokens": state["tokens"], "epoch": step / stream.steps_per_epoch}
                 numbers |= guard.numbers()
                 if mfu_per_token_s:
                     numbers["mfu"] = numbers["tokens_per_s"] * mfu_per_token_s
                 reporter.record({"step": step, **numbers, "memory_gib": memory_gib(device)})
-            if held_out and (ended or (cfg.eval.every and step % cfg.eval.every == 0)):
-                batches = (split(held_out.take(s)[0], mesh) for s in range(1, held_out.steps_per_epoch + 1))
-                numbers = evaluate(net, batches, inputs.held_out.sources, mesh.sum_over_data, device)
-                reporter.record({"step": step, **numbers})
-                early.update(numbers["eval_loss"])
-                ended |= early.ends
+            if held_out and (last or (cfg.eval.every and step % cfg.eval.every == 0)):
+                state["evaluate"] = not evaluated(step)
+            ended = (last or early.ends) and not state["evaluate"]
             ckpt.poll()
             if ckpt.due(step) or ended:
                 save()
-            if ended:
+            if ended or state["evaluate"]:
                 break
 
         # a stop between checkpoints is saved too; only a run that ended has a result
-        last = save() if state["step"] and not ended else None
-        last = ckpt.wait() or last
+        saved = save() if state["step"] and not ended else None
+        saved = ckpt.wait() or saved
         if not ended:
-            if last is not None and last.path is None:
-                raise RuntimeError(f"stopped by request after step {state['step']}, but that is not saved: {last.problem}")
+            if saved is not None and saved.path is None:
+                raise RuntimeError(f"stopped by request after step {state['step']}, but that is not saved: {saved.problem}")
             return log(f"stopped by request after step {state['step']}; the same command resumes")
         export(cfg, inputs, net, mesh, stream.take(1)[0], log)
         if launch.rank == 0:

@@ -77,9 +77,14 @@ class Metrics:
         for tracker in self._trackers:
             tracker.put(record)
 
-    def rewind(self, step: int) -> None:
-        """Drops the records after `step`, evaluations included; for a run that resumes there. -1 drops all."""
-        kept = [line for line in _lines(self.path) if (record := _parsed(line)) is not None and record.get("step", step) <= step]
+    def rewind(self, step: int, evaluated: bool = True) -> None:
+        """Drops the records after `step`, for a run that resumes there; -1 drops all. `evaluated`: keep the evaluation at `step`."""
+
+        def stays(record: dict | None) -> bool:
+            at = (record or {}).get("step", step)
+            return record is not None and at <= step and (evaluated or at < step or "eval_loss" not in record)
+
+        kept = [line for line in _lines(self.path) if stays(_parsed(line))]
         aside = self.path.with_suffix(".jsonl.tmp")
         with open(aside, "wb") as file:
             file.writelines(kept)

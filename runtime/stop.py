@@ -1,4 +1,5 @@
-"""Stop requests by signal. A handler only sets a flag; the loop reads it between steps, and all ranks agree there.
+"""Stop requests by signal. A handler only sets a flag; the loop reads it between steps and between the
+batches of an evaluation, and all ranks agree there.
 
 The first SIGTERM, SIGINT or SIGUSR1 asks for a checkpoint and a clean end. A second one ends the process at once. Ctrl-C under
 torchrun reaches a rank twice, from the terminal and from the agent that forwards it, within milliseconds: signals within

@@ -19,7 +19,12 @@ from tests.tiny import write_chats, write_config, write_model
 
 POISON = {"@": "nan", "%": "inf", "$": "gradient"}  # a letter that only one document has -> what becomes of it
 ZERO = 3  # the step in which nothing reaches the weights
-LAYOUTS = {"shard": (2, ""), "replicate and context": (4, "[parallel]\nreplicate = 2\nshard = 1\ncontext = 2\n")}
+LAYOUTS = {  # ranks, accumulation, and what else makes four packs a step
+    "shard": (2, 2, ""),
+    "replicate and context": (4, 2, "[parallel]\nreplicate = 2\nshard = 1\ncontext = 2\n"),
+    "all in one rank": (1, 4, ""),
+    "one of each rank": (4, 1, ""),
+}
 
 
 @pytest.fixture
@@ -37,6 +42,8 @@ def make(tmp_path, monkeypatch):
 
     def poisoned(self, batch, *args, **more):
         found = forward(self, batch, *args, **more)
+        if not self.training:  # what looks at the export
+            return found
         document = batch.document()
         for token, kind in ids.items():
             there = torch.zeros(batch.cu_seqlens.numel(), dtype=torch.bool)
@@ -72,8 +79,9 @@ def dumps(out: Path) -> dict[int, dict]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bad_steps_are_skipped_to_the_bit_and_named(make, layout, tmp_path):
-    world, parallel = LAYOUTS[layout]
+    world, accumulate, parallel = LAYOUTS[layout]
     argv, out = make(f"[checkpoint]\nevery = 1\nkeep = 0\n{parallel}")
+    argv.append(f"--train.accumulate={accumulate}")
     ranks = launch.run(argv, world, out / "out")
     assert ranks.wait() == [0] * world, ranks.output()
     bad = dumps(out)

@@ -15,8 +15,8 @@ from parallel.apply import check
 from parallel.mesh import sizes
 from runtime.config import load
 from runtime.metrics import read
-from tests import launch
-from tests.chaos import FACTORS, Case, campaign, combination
+from tests import chaos, launch
+from tests.campaign import FACTORS, Case, combination
 from tests.tiny import write_chats, write_config, write_model
 from train import RunConfig
 
@@ -51,11 +51,11 @@ def base(tmp_path_factory):
 
 def test_killed_runs_end_with_the_same_bits(tmp_path):
     """A slice of the campaign whose counts are benchmarks/results/chaos.json."""
-    counts = campaign(KILLS, tmp_path / "counts.json", seed=1, each=5, folder=tmp_path)
+    counts = chaos.kill(KILLS, tmp_path / "counts.json", seed=1, each=5, folder=tmp_path)
     assert counts["kills"] == KILLS and counts["visits"] == 2 and counts["starts"] == KILLS + counts["runs"]
     assert counts["records"] >= 10 * counts["runs"] and counts["in_saves"] == sum(counts["at"].values())
     assert {key: counts[key] for key in counts.BAD} == dict.fromkeys(counts.BAD, 0)
-    again = campaign(KILLS, tmp_path / "counts.json", seed=1, folder=tmp_path)
+    again = chaos.kill(KILLS, tmp_path / "counts.json", seed=1, folder=tmp_path)
     assert again.data == counts.data, "what is counted is not done again"
 
 

@@ -215,6 +215,22 @@ def test_slow_rank_is_no_error(base, tmp_path, monkeypatch):
     assert "TCPStore" not in ranks.output()  # nor noise of a store that went before its clients
 
 
+def test_preparing_the_data_may_take_longer_than_the_limit(base, tmp_path, monkeypatch):
+    """Nobody waits for it in a collective."""
+    work = train.read_inputs
+
+    def slow(*args):
+        if os.environ["RANK"] == "0":
+            time.sleep(2 * LIMIT_S)
+        return work(*args)
+
+    monkeypatch.setattr(train, "read_inputs", slow)
+    begun = time.monotonic()
+    ranks = start(base, tmp_path / "out", SHARD, steps=2)
+    assert ranks.wait(60) == [0, 0], ranks.output()
+    assert time.monotonic() - begun > 2 * LIMIT_S and "error: " not in ranks.output()
+
+
 def test_a_rank_that_waits_outside_of_collectives_is_ended_too(base, tmp_path, monkeypatch):
     """Its main thread cannot notice; the thread does."""
     in_loss(monkeypatch, 0, 3, endless)

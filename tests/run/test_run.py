@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import train
+from objective import evaluate
 from runtime.config import load, to_toml
 from runtime.metrics import read
 from tests import launch
@@ -80,7 +81,7 @@ def test_resolved_config_repeats_the_run_to_the_bit(make, tmp_path):
     assert weights(out) == weights(tmp_path / "again")
 
 
-@pytest.mark.parametrize("number, layout", [(signal.SIGTERM, ""), (signal.SIGINT, ""), (signal.SIGTERM, "[parallel]\ntensor = 2\n")])
+@pytest.mark.parametrize("number, layout", [(signal.SIGTERM, ""), (signal.SIGUSR1, ""), (signal.SIGINT, "[parallel]\ntensor = 2\n")])
 def test_a_signal_to_one_rank_saves_and_the_same_command_resumes(make, number, layout):
     extra = "[train]\nsteps = 40\n[log]\nevery = 1\n[checkpoint]\nevery = 0\nasync = true\n" + layout
     argv, calm = make(extra, "calm")
@@ -99,6 +100,41 @@ def test_a_signal_to_one_rank_saves_and_the_same_command_resumes(make, number, l
     ok(argv, 2, out)
     assert weights(out) == weights(calm)
     assert [r["loss"] for r in read(out / "metrics.jsonl")] == [r["loss"] for r in read(calm / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize(("steps", "when"), [(9, 4), (4, 4)], ids=["on the way", "at the end"])
+def test_a_stop_in_an_evaluation_leaves_it_to_the_next_start(make, monkeypatch, steps, when):
+    """A short one would end within the step's time; one of hours must not be waited for, nor be lost."""
+    extra = f"[train]\nsteps = {steps}\n[log]\nevery = 1\n[eval]\nevery = 4\nsplit = 0.5\npatience = 9\n[checkpoint]\nevery = 0\n"
+    argv, calm = make(extra, "calm")
+    ok(argv, 2, calm)
+    argv, out = make(extra, "signalled")
+    real, took = evaluate.evaluate, out.parent / "batches"
+
+    def signalled(net, batches, *args):
+        def some():
+            for i, batch in enumerate(batches):
+                with took.open("a") as file:
+                    file.write(f"{i}")
+                if i == 1 and os.environ["RANK"] == "1":
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                yield batch
+
+        return real(net, some(), *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "evaluate", signalled)
+        assert f"stopped by request after step {when}" in ok(argv, 2, out)
+        assert sorted(took.read_text()) == list("0011"), "no batch is evaluated once a rank was asked"
+        assert [r["step"] for r in read(out / "metrics.jsonl")] == list(range(1, when + 1))
+        # asked again in the same evaluation: nothing is lost
+        assert f"stopped by request after step {when}" in ok(argv, 2, out)
+        assert json.loads((out / "checkpoints" / f"step_{when}" / "state.json").read_text())["evaluate"]
+    ok(argv, 2, out)
+    assert weights(out) == weights(calm)
+    want, found = ([(r["step"], r.get("loss"), r.get("eval_loss")) for r in read(o / "metrics.jsonl")] for o in (calm, out))
+    assert found == want and sum(r[2] is not None for r in want) == {9: 3, 4: 1}[steps]
+    assert "ended at step" in ok(argv, 2, out)
 
 
 def test_an_export_of_an_earlier_run_is_no_result(make, monkeypatch):

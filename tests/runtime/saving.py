@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,3 +93,25 @@ def run_folder() -> Iterator[Path]:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(prefix="run-", dir=memory if memory.is_dir() else None) as folder:
         yield Path(folder)
+
+
+def hurt(path: Path, dice: random.Random) -> tuple[str, str]:
+    """Changes one file of a checkpoint as disks and copies do. Returns its name, and how."""
+    victim = dice.choice(sorted(p for p in path.iterdir() if p.stat().st_size))
+    data = bytearray(victim.read_bytes())
+    kind = dice.choice(["flip", "flip", "flip", "truncate", "zero", "remove", "grow"])
+    if kind == "remove":
+        victim.unlink()
+        return victim.name, kind
+    place = dice.randrange(len(data))
+    if kind == "flip":
+        data[place] ^= 1 << dice.randrange(8)
+    elif kind == "truncate":
+        del data[place:]
+    elif kind == "grow":
+        data += b"\0"
+    else:
+        data[place : place + 512] = bytes(len(data[place : place + 512]))
+        data[place] ^= 1  # zeros may have been there
+    victim.write_bytes(data)
+    return victim.name, kind

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -139,43 +141,102 @@ def test_retention_never_takes_the_newest_two(folder):
     assert names(folder) == ["latest", "step_2", "step_3"]
 
 
-def test_random_sequences_against_an_oracle(folder):
-    """Save, damage, lose, pin, unpin, die half way, restart; a model of a dozen lines says what must be there."""
-    import random
+class Dies(BaseException):
+    """Stands for the end of a process at a point of a save."""
 
-    dice = random.Random(0)
-    run_ = Store(folder)
+
+def test_random_sequences_against_an_oracle(folder, monkeypatch, capsys):
+    """Save, die at a random point of it, damage, rot, pin, unpin, rm, verify, restart; a few sets say what must be there."""
+    dice, run_ = random.Random(0), Store(folder)
     run_.folder.mkdir()
-    about = {"format": store.FORMAT, "written": "", "origin": None, "layout": {}, "identity": {}, "config": {}}
-    intact, damaged, pins, step = set(), set(), set(), 0
-    for _ in range(700):
-        act = dice.choice(["save", "save", "save", "die", "damage", "pin", "unpin", "restart"])
+    about = {"format": store.FORMAT, "written": "", "origin": None, "layout": {"world": 1}, "identity": {}, "config": {}}
+    there, healthy, pins, short, rotten = set(), set(), set(), set(), set()  # steps; short and rotten: how they are damaged
+    step, seen, last = 0, [], 0
+    done = Counter()
+
+    def at(point: str) -> None:
+        seen.append(point)
+        if len(seen) == last:
+            raise Dies
+
+    def old(keep: int) -> list[int]:
+        """What retention deletes, in its order."""
+        kept = sorted((there - short) & healthy)[-keep:]
+        return sorted((s for s in there - short - pins if len(kept) == keep and s < kept[0]), reverse=True)
+
+    def tool_(*argv: object) -> int:
+        code = tool([str(a) for a in argv])
+        capsys.readouterr()
+        return code
+
+    monkeypatch.setattr(store, "at", at)
+    acts = ["save"] * 4 + ["die"] * 2 + ["short", "rot", "pin", "unpin", "rm", "rm --force", "rm --force", "verify", "restart"]
+    for act in dice.choices(acts, k=2000):
+        one = dice.choice(sorted(there)) if there else None
         if act in ("save", "die"):
             step += dice.randint(1, 3)
-            aside = run_.begin(step)
-            record = store.write_file(aside / "data", b"%d" % step)
-            if act == "save":
-                store.write_manifest(aside, about | {"step": step, "files": {"data": record}})
+            keep, well = dice.randint(2, 4), dice.random() < 0.7
+            seen, last = [], dice.randint(1, 18) if act == "die" else 0
+            try:
+                aside = run_.begin(step)
+                record = store.write_file(aside / "data", b"%d" % step * 9)
+                store.write_manifest(aside, about | {"step": step, "healthy": well, "files": {"data": record}})
                 run_.publish(aside, step)
-                run_.settle(keep := dice.randint(2, 4))
-                intact.add(step)
-                intact -= set(sorted(intact)[:-keep]) - pins
+                run_.settle(keep)
+                died = False
+            except Dies:
+                died = True
+            last = 0
+            done["died"] += died
+            passed = seen[:-1] if died else seen
+            if "rename" in passed:
+                there.add(step)
+                healthy |= {step} if well else set()
+                gone = old(keep)[: passed.count("trash") if died else None]
+                done["pruned"] += len(gone)
+                there, pins = there - set(gone), pins - set(gone)
+            if not died:
+                assert (run_.folder / "latest").read_text() == f"step_{step}\n"
         elif act == "restart":
             run_.sweep()
-        elif intact | damaged:
-            it = dice.choice(sorted(intact | damaged))
-            if act == "damage":
-                (run_.path(it) / "data").write_text("")
-                intact.discard(it)
-                damaged.add(it)
-            else:
-                run_.pin(run_.path(it), act == "pin")
-                (pins.add if act == "pin" else pins.discard)(it)
-        assert {store.step_of(p) for p in run_.complete()} == intact
-        assert {store.step_of(p) for p in run_.steps()} == intact | damaged
-    assert len(damaged) > 10 and step > 300
-    run_.sweep()
-    assert not [name for name in names(folder) if name.startswith(".")]
+            assert not [name for name in names(folder) if name.startswith(".")]
+            begins = next((s for s in sorted(there, reverse=True) if intact(run_.path(s))), None)
+            assert begins == max(there - short - rotten, default=None)
+        elif one is None:
+            continue
+        elif act in ("short", "rot"):
+            data = (run_.path(one) / "data").read_bytes()
+            (run_.path(one) / "data").write_bytes(data[:-1] if act == "short" else data[:-1] + b"x")
+            (short if act == "short" else rotten).add(one)
+        elif act in ("pin", "unpin"):
+            assert tool_("pin", folder, one, *["--off"] * (act == "unpin")) == 0
+            (pins.add if act == "pin" else pins.discard)(one)
+        elif act == "verify":
+            assert tool_("verify", folder, one) == (2 if one in short | rotten else 0)
+        else:
+            whole = sorted(there - short, reverse=True)
+            guarded = {one} & (pins | set(whole[:1]) | set([s for s in whole if s in healthy][:1]))
+            code = tool_("rm", folder, one, *["--force"] * (act != "rm"))
+            assert code == (2 if guarded and act == "rm" else 0)
+            done["refused"] += code == 2
+            if code == 0:
+                there, pins = there - {one}, pins - {one}
+                newest = max(there - short, default=None)
+                assert (run_.folder / "latest").exists() == (newest is not None)
+                assert newest is None or (run_.folder / "latest").read_text() == f"step_{newest}\n"
+        done[act] += 1
+        assert {store.step_of(p) for p in run_.steps()} == there
+        assert {store.step_of(p) for p in run_.complete()} == there - short
+        assert {store.step_of(p) for p in run_.healthy()} == (there - short) & healthy
+        assert {s for s in there if run_.pinned(run_.path(s))} == pins & there
+    assert min(done.values()) > 50, done
+
+
+def intact(path) -> bool:
+    try:
+        return bool(store.verify(path))
+    except store.Damaged:
+        return False
 
 
 # -------------------------------------------------------------------------------------------------------------- policies

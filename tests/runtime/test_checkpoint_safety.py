@@ -19,7 +19,7 @@ from parallel.local import run
 from runtime.checkpoint import shards, store
 from runtime.checkpoint.store import Damaged, Store
 from runtime.errors import ConfigError, ModelError
-from tests.runtime.saving import checkpointer, empty, resumed, run_folder, save
+from tests.runtime.saving import checkpointer, empty, hurt, resumed, run_folder, save
 
 
 @pytest.fixture(scope="module")
@@ -46,28 +46,6 @@ def copy(honest):
 # --------------------------------------------------------------------------------------------------------------- damage
 
 
-def hurt(path: Path, dice: random.Random) -> str:
-    """Changes one file of a checkpoint as disks and copies do; returns its name."""
-    victim = dice.choice(sorted(p for p in path.iterdir() if p.stat().st_size))
-    data = bytearray(victim.read_bytes())
-    kind = dice.choice(["flip", "flip", "flip", "truncate", "zero", "remove", "grow"])
-    if kind == "remove":
-        victim.unlink()
-        return victim.name
-    place = dice.randrange(len(data))
-    if kind == "flip":
-        data[place] ^= 1 << dice.randrange(8)
-    elif kind == "truncate":
-        del data[place:]
-    elif kind == "grow":
-        data += b"\0"
-    else:
-        data[place : place + 512] = bytes(len(data[place : place + 512]))
-        data[place] ^= 1  # zeros may have been there
-    victim.write_bytes(data)
-    return victim.name
-
-
 def test_all_damage_is_noticed_and_named(honest):
     dice = random.Random(1)
     for _ in range(100):
@@ -75,7 +53,7 @@ def test_all_damage_is_noticed_and_named(honest):
             path = folder / "step_3"
             shutil.copytree(honest / "checkpoints/step_3", path)
             store.verify(path)
-            name = hurt(path, dice)
+            name, _ = hurt(path, dice)
             with pytest.raises(Damaged, match=name.lstrip(".")):
                 store.verify(path)
 
@@ -91,7 +69,7 @@ def test_a_damaged_checkpoint_is_passed_over(honest):
     for number in range(6):
         with run_folder() as folder:
             shutil.copytree(honest, folder, dirs_exist_ok=True)
-            names = [hurt(folder / f"checkpoints/step_{3 - i}", dice) for i in range(1 + number % 2)]
+            names = [hurt(folder / f"checkpoints/step_{3 - i}", dice)[0] for i in range(1 + number % 2)]
             if len(names) == 1:
                 hurt(folder / "checkpoints/step_1", dice)  # older than what is found: nobody looks
             (step, said), (other, silent) = run(work, 2, folder)

@@ -70,6 +70,9 @@ def test_resume_rewinds_what_comes_after(tmp_path):
     again.close()
     records = read(m.path)
     assert [r["step"] for r in records] == [1, 1, 2, 2, 3, 3, 4] and records[-1]["loss"] == 40
+    again = Metrics(tmp_path)
+    again.rewind(3, evaluated=False)  # that evaluation is made once more
+    assert [(r["step"], "eval_loss" in r) for r in read(m.path)] == [(1, False), (1, True), (2, False), (2, True), (3, False)]
     fresh = Metrics(tmp_path)
     fresh.rewind(-1)
     assert read(m.path) == []
