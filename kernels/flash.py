@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import launch
-from kernels.launch import INTERPRET, block, jit, operator, tl, triton
+from kernels.launch import INTERPRET, block, grid, jit, operator, tl, together, triton, wide_dtype
 
 WIDEST = 256  # columns of a head
 SHARED = 192 * 1024  # bytes that the largest program needs
@@ -90,7 +90,7 @@ def flash_ref(
     q: Tensor, k: Tensor, v: Tensor, seen: Spans, scale: float, softcap: float = 0.0, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The obvious twin, differentiated by autograd: (out, lse [T, N]) from all scores of the row, masked."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q.dtype)
     k, v = (x.to(wide).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("tnh,snh->tns", q.to(wide), k) * scale
     if softcap:
@@ -155,6 +155,13 @@ HALF = {
     "dq": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(128, 32, 8, 2)},
     "dkv": {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(16, 128, 8, 2)},
 }
+
+
+@jit
+def _place(heads):
+    """The head and the tile of a program: all heads of a tile, then those of the next."""
+    program = tl.program_id(0)
+    return (program % heads).to(tl.int64), program // heads
 
 
 @jit
@@ -235,12 +242,12 @@ def _attend(
 
 @jit
 def _forward_kernel(
-    q, k, v, sinks, lo, hi, out, lse, queries, keys, group, width,
+    q, k, v, sinks, lo, hi, out, lse, queries, keys, heads, group, width,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, factor, inner,
     CAPPED: tl.constexpr, SINKS: tl.constexpr, EVEN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
-    t = (tl.num_programs(1) - 1 - tl.program_id(1)) * QUERIES  # in a long document the last have the most to do
+    head, tile = _place(heads)
+    t = (tl.cdiv(queries, QUERIES) - 1 - tile) * QUERIES  # in a long document the last have the most to do
     begins, ends, begin, common, until, end = _interval(lo, hi, t, queries, QUERIES)
     before, free, after = _steps(begin, common, until, end, KEYS)
     k += head // group * k_head
@@ -271,10 +278,11 @@ def _forward_kernel(
 
 @jit
 def _delta_kernel(
-    grad, out, delta, queries, width, grad_row, grad_head, out_row, out_head, EVEN: tl.constexpr, QUERIES: tl.constexpr, WIDE: tl.constexpr
-):
-    head = tl.program_id(0).to(tl.int64)
-    t = tl.program_id(1) * QUERIES
+    grad, out, delta, queries, heads, width, grad_row, grad_head, out_row, out_head,
+    EVEN: tl.constexpr, QUERIES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    head, tile = _place(heads)
+    t = tile * QUERIES
     g = _tile(grad + head * grad_head, t, queries, grad_row, width, QUERIES, WIDE, False, EVEN)
     o = _tile(out + head * out_head, t, queries, out_row, width, QUERIES, WIDE, False, EVEN)
     rows = t + tl.arange(0, QUERIES)
@@ -305,12 +313,12 @@ def _numbers(lse, delta, t, queries, QUERIES: tl.constexpr):
 
 @jit
 def _dq_kernel(
-    grad, q, k, v, lo, hi, lse, delta, dq, queries, keys, group, width,
+    grad, q, k, v, lo, hi, lse, delta, dq, queries, keys, heads, group, width,
     grad_row, grad_head, q_row, q_head, k_row, k_head, v_row, v_head, dq_row, dq_head, scale, factor, inner,
     CAPPED: tl.constexpr, EVEN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
-    t = (tl.num_programs(1) - 1 - tl.program_id(1)) * QUERIES
+    head, tile = _place(heads)
+    t = (tl.cdiv(queries, QUERIES) - 1 - tile) * QUERIES
     begins, ends, begin, _, _, end = _interval(lo, hi, t, queries, QUERIES)
     k += head // group * k_head
     v += head // group * v_head
@@ -333,13 +341,13 @@ def _dq_kernel(
 
 @jit
 def _dkv_kernel(
-    grad, q, k, v, first, end, lse, delta, dk, dv, queries, keys, group, width,
+    grad, q, k, v, first, end, lse, delta, dk, dv, queries, keys, kv_heads, group, width,
     grad_row, grad_head, q_row, q_head, k_row, k_head, v_row, v_head, dk_row, dk_head, scale, factor, inner,
     K: tl.constexpr, V: tl.constexpr, CAPPED: tl.constexpr, EVEN: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    kv_head = tl.program_id(0).to(tl.int64)
-    s = tl.program_id(1) * KEYS
+    kv_head, tile = _place(kv_heads)
+    s = tile * KEYS
     firsts, ends, begin, _, _, stop = _interval(first, end, s, keys, KEYS)
     tile_k = _tile(k + kv_head * k_head, s, keys, k_row, width, KEYS, WIDE, False, EVEN)
     tile_v = _tile(v + kv_head * v_head, s, keys, v_row, width, KEYS, WIDE, False, EVEN)
@@ -377,11 +385,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     out, lse = _forward_fake(q, k, v, sinks, lo, hi, scale, softcap)
     queries, heads, width = q.shape
-    q, k, v = (_columns(x) for x in (q, k, v))
+    q, k, v = (together(x) for x in (q, k, v))
     size, way = _sizes("forward", q), _ways(q, scale, softcap)
     if queries:
-        _forward_kernel[(heads, triton.cdiv(queries, size["QUERIES"]))](
-            q, k, v, sinks, lo, hi, out, lse, queries, k.shape[0], heads // k.shape[1], width,
+        _forward_kernel[_grid(heads, queries, size["QUERIES"])](
+            q, k, v, sinks, lo, hi, out, lse, queries, k.shape[0], heads, heads // k.shape[1], width,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], SINKS=sinks is not None, **way, **size,
         )  # fmt: skip
     return out, lse
@@ -413,26 +421,26 @@ def _backward(
     """(dq, dk, dv, dsinks). lse in any layout; those that are not needed are empty."""
     dq, dk, dv, dsinks = _backward_fake(grad, q, k, v, sinks, out, lse, lo, hi, first, end, scale, softcap, needs_q, needs_kv)
     (queries, heads, width), (keys, kv_heads, _) = q.shape, k.shape
-    grad, q, k, v, out = (_columns(x) for x in (grad, q, k, v, out))
+    grad, q, k, v, out = (together(x) for x in (grad, q, k, v, out))
     lse = lse.T.contiguous()
     way, delta = _ways(q, scale, softcap), torch.empty_like(lse)
     if queries:
         size = _sizes("delta", q)
-        _delta_kernel[(heads, triton.cdiv(queries, size["QUERIES"]))](
-            grad, out, delta, queries, width, *grad.stride()[:2], *out.stride()[:2], EVEN=way["EVEN"], **size
+        _delta_kernel[_grid(heads, queries, size["QUERIES"])](
+            grad, out, delta, queries, heads, width, *grad.stride()[:2], *out.stride()[:2], EVEN=way["EVEN"], **size
         )
     given = (*grad.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     if needs_q and queries:
         size = _sizes("dq", q)
-        _dq_kernel[(heads, triton.cdiv(queries, size["QUERIES"]))](
-            grad, q, k, v, lo, hi, lse, delta, dq, queries, keys, heads // kv_heads, width,
+        _dq_kernel[_grid(heads, queries, size["QUERIES"])](
+            grad, q, k, v, lo, hi, lse, delta, dq, queries, keys, heads, heads // kv_heads, width,
             *given, *dq.stride()[:2], scale, **way, **size,
         )  # fmt: skip
     if needs_kv and keys:
         size = _sizes("dkv", q)
         for which in ({"K": True, "V": True},) if size["WIDE"] <= BOTH else ({"K": True, "V": False}, {"K": False, "V": True}):
-            _dkv_kernel[(kv_heads, triton.cdiv(keys, size["KEYS"]))](
-                grad, q, k, v, first, end, lse, delta, dk, dv, queries, keys, heads // kv_heads, width,
+            _dkv_kernel[_grid(kv_heads, keys, size["KEYS"])](
+                grad, q, k, v, first, end, lse, delta, dk, dv, queries, keys, kv_heads, heads // kv_heads, width,
                 *given, *dk.stride()[:2], scale, **which, **way, **size,
             )  # fmt: skip
     if sinks is not None:
@@ -440,9 +448,9 @@ def _backward(
     return dq, dk, dv, dsinks
 
 
-def _columns(x: Tensor) -> Tensor:
-    """Heads whose columns lie together; a copy only where they do not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _grid(heads: int, slots: int, size: int) -> tuple[int, int]:
+    """One dimension (`_place`): tiles are too many for a second one in a row of two million slots."""
+    return grid(heads * triton.cdiv(slots, size))
 
 
 def _wide(x: Tensor) -> int:
