@@ -144,9 +144,12 @@ def unsupported(head_dim: int, dtype: torch.dtype, device: torch.device) -> str 
     return reason
 
 
-def tiles(kernel: str, columns: int, dtype: torch.dtype) -> Tiles:
+def tiles(kernel: str, columns: int, dtype: torch.dtype, capped: bool) -> Tiles:
     """The tiles of "forward", "dq" or "dkv" for heads of so many columns (a power of two): the largest that spill no registers."""
-    return FP32[kernel] if dtype == torch.float32 else HALF[kernel][max(64, columns)]
+    if dtype == torch.float32:
+        return FP32[kernel]
+    columns = max(64, columns)
+    return CAPPED.get((kernel, columns), HALF[kernel][columns]) if capped else HALF[kernel][columns]
 
 
 FP32 = {"forward": Tiles(32, 16, 8, 1), "dq": Tiles(32, 16, 8, 1), "dkv": Tiles(16, 32, 8, 1)}
@@ -155,6 +158,7 @@ HALF = {
     "dq": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(128, 32, 8, 2)},
     "dkv": {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(16, 128, 8, 2)},
 }
+CAPPED = {("dkv", 64): Tiles(32, 128, 8, 2)}  # where a soft-cap needs registers that others leave free
 
 
 @jit
@@ -173,7 +177,9 @@ def _product(a, b, acc):
 
 @jit
 def _tile(x, start, stop, stride, width, BLOCK: tl.constexpr, WIDE: tl.constexpr, INSIDE: tl.constexpr, EVEN: tl.constexpr):
-    """Rows [start, start + BLOCK) of x, 0 from `stop` on and beyond its width. INSIDE: none are; EVEN: it is as wide as the block."""
+    """Rows [start, start + BLOCK) of x, 0 from `stop` on and beyond its width. INSIDE: none are; EVEN: it is as wide as the block.
+
+    Within a tile int32 is enough while a slot's strides are below 2^24 elements; in int64 they would take registers."""
     rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDE)[None, :]
     at = x + start.to(tl.int64) * stride + rows * stride + columns
     if INSIDE and EVEN:
@@ -386,7 +392,7 @@ def _forward(
     out, lse = _forward_fake(q, k, v, sinks, lo, hi, scale, softcap)
     queries, heads, width = q.shape
     q, k, v = (together(x) for x in (q, k, v))
-    size, way = _sizes("forward", q), _ways(q, scale, softcap)
+    size, way = _sizes("forward", q, softcap), _ways(q, scale, softcap)
     if queries:
         _forward_kernel[_grid(heads, queries, size["QUERIES"])](
             q, k, v, sinks, lo, hi, out, lse, queries, k.shape[0], heads, heads // k.shape[1], width,
@@ -425,19 +431,19 @@ def _backward(
     lse = lse.T.contiguous()
     way, delta = _ways(q, scale, softcap), torch.empty_like(lse)
     if queries:
-        size = _sizes("delta", q)
+        size = _sizes("delta", q, softcap)
         _delta_kernel[_grid(heads, queries, size["QUERIES"])](
             grad, out, delta, queries, heads, width, *grad.stride()[:2], *out.stride()[:2], EVEN=way["EVEN"], **size
         )
     given = (*grad.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     if needs_q and queries:
-        size = _sizes("dq", q)
+        size = _sizes("dq", q, softcap)
         _dq_kernel[_grid(heads, queries, size["QUERIES"])](
             grad, q, k, v, lo, hi, lse, delta, dq, queries, keys, heads, heads // kv_heads, width,
             *given, *dq.stride()[:2], scale, **way, **size,
         )  # fmt: skip
     if needs_kv and keys:
-        size = _sizes("dkv", q)
+        size = _sizes("dkv", q, softcap)
         for which in ({"K": True, "V": True},) if size["WIDE"] <= BOTH else ({"K": True, "V": False}, {"K": False, "V": True}):
             _dkv_kernel[_grid(kv_heads, keys, size["KEYS"])](
                 grad, q, k, v, first, end, lse, delta, dk, dv, queries, keys, kv_heads, heads // kv_heads, width,
@@ -458,12 +464,12 @@ def _wide(x: Tensor) -> int:
     return max(16, block(x.shape[-1]))
 
 
-def _sizes(kernel: str, q: Tensor) -> dict[str, int]:
+def _sizes(kernel: str, q: Tensor, softcap: float) -> dict[str, int]:
     """Blocks and launch options."""
     wide = _wide(q)
     if kernel == "delta":
         return {"QUERIES": 32, "WIDE": wide, "num_warps": 4}
-    chosen = tiles(kernel, wide, q.dtype)
+    chosen = tiles(kernel, wide, q.dtype, bool(softcap))
     return {"QUERIES": chosen.queries, "KEYS": chosen.keys, "WIDE": wide, "num_warps": chosen.warps, "num_stages": chosen.stages}
 
 

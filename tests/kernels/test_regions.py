@@ -62,6 +62,7 @@ class Setting(NamedTuple):
     keep: str = "all"
     offset: bool = False
     adapters: torch.dtype | None = None  # None: the dtype of the others
+    seed: int = 0
 
 
 class Sizes(NamedTuple):
@@ -119,7 +120,7 @@ def parts_of(flat) -> list[Part]:
 
 def tensors_of(s: Setting, dtype: torch.dtype, inputs: int, weights: list[int], linears: list[Sizes]) -> list[torch.Tensor]:
     """Inputs [T, D], weights of norms, then the parts of each linear."""
-    g = torch.Generator().manual_seed(1)
+    g = torch.Generator().manual_seed(s.seed)
 
     def normal(*shape: int, kind: torch.dtype = dtype, size: float = 1.0) -> torch.Tensor:
         return (torch.randn(*shape, generator=g, dtype=torch.float64) * size).to(kind).to(device())
@@ -363,18 +364,21 @@ def test_a_recomputed_network_leaves_out_the_product_that_nobody_reads(keep):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("name", MAKE)
 def test_half_precision_is_as_exact_as_separate_operations(name, dropout, adapters):
-    """Errors against fp64: what is fused may be off by little more than the same operations one after the other."""
-    setting = Setting(40, 48, 64, dropout, adapters=adapters)
-    region = MAKE[name](setting, torch.bfloat16)
-    exact = MAKE[name](setting._replace(adapters=None), torch.float64)
-    exact = exact._replace(tensors=[t.double() for t in region.tensors])
-    grads = upstream(region)
-    want = everything(exact, exact.plain, [g.double() for g in grads])
-    found, plain = (everything(region, function, grads) for function in (region.fused, region.plain))
-    for what, f, p, w in zip(["results"] * len(grads) + region.names, found, plain, want, strict=True):
-        assert f.dtype == p.dtype and w.norm() > 0 and error(p, w) < 0.03, what
-        by_chance = 0.01 * w.numel() ** -0.5  # a few numbers' roundings do not cancel out
-        assert error(f, w) <= 1.3 * error(p, w) + by_chance, (what, error(f, w), error(p, w))
+    """Against fp64, what is fused may be off by little more than the same operations one after the other; on average, since a single
+    small tensor's error is up to twice the other's by chance."""
+    errors = []
+    for seed in range(6):
+        setting = Setting(40, 48, 64, dropout, adapters=adapters, seed=seed)
+        region = MAKE[name](setting, torch.bfloat16)
+        exact = MAKE[name](setting._replace(adapters=None), torch.float64)
+        exact = exact._replace(tensors=[t.double() for t in region.tensors])
+        grads = upstream(region)
+        want = everything(exact, exact.plain, [g.double() for g in grads])
+        pair = [everything(region, function, grads) for function in (region.fused, region.plain)]
+        assert all(f.dtype == p.dtype and w.norm() > 0 for f, p, w in zip(*pair, want, strict=True))
+        errors.append([[error(x, w) for x, w in zip(one, want)] for one in pair])
+    fused, plain = torch.tensor(errors).mean(0)
+    assert (fused < 1.25 * plain + 1e-5).all() and (plain > 1e-3).all() and (plain < 0.02).all(), (fused, plain)
 
 
 # -- a whole model ---------------------------------------------------------------------------------------------------------
