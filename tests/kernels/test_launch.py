@@ -237,7 +237,7 @@ def test_rope(ends, turned):
 @pytest.mark.parametrize("turned", [False, True], ids=["tokens first", "heads first"])
 def test_attention(ends, monkeypatch, turned):
     """Of the first and the last document, which fill a tile."""
-    slots, heads = 2**17 + END, 128
+    slots, heads = 2**17 + 2**11, 128
     borders = torch.tensor([0, END, slots - END, slots], dtype=torch.int32, device=device())
     seen = flash.spans(slots, slots, borders, borders)
     q, k, v, grad = (tokens_or_heads_first(turned, slots, heads, 128) for _ in range(4))
