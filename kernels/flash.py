@@ -168,13 +168,6 @@ UNEVEN = {("forward", 256): Tiles(128, 32, 8, 2)}
 
 
 @jit
-def _place(heads):
-    """The head and the tile of a program: all heads of a tile, then those of the next."""
-    program = tl.program_id(0)
-    return (program % heads).to(tl.int64), program // heads
-
-
-@jit
 def _product(a, b, acc):
     if INTERPRET:
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -254,12 +247,12 @@ def _attend(
 
 @jit
 def _forward_kernel(
-    q, k, v, sinks, lo, hi, out, lse, queries, keys, heads, group, width,
+    q, k, v, sinks, lo, hi, out, lse, queries, keys, group, width,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, factor, inner,
     CAPPED: tl.constexpr, SINKS: tl.constexpr, EVEN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    head, tile = _place(heads)
-    t = (tl.cdiv(queries, QUERIES) - 1 - tile) * QUERIES  # in a long document the last have the most to do
+    head = tl.program_id(1).to(tl.int64)
+    t = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES  # in a long document the last have the most to do
     begins, ends, begin, common, until, end = _interval(lo, hi, t, queries, QUERIES)
     before, free, after = _steps(begin, common, until, end, KEYS)
     k += head // group * k_head
@@ -290,11 +283,11 @@ def _forward_kernel(
 
 @jit
 def _delta_kernel(
-    grad, out, delta, queries, heads, width, grad_row, grad_head, out_row, out_head,
+    grad, out, delta, queries, width, grad_row, grad_head, out_row, out_head,
     EVEN: tl.constexpr, QUERIES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    head, tile = _place(heads)
-    t = tile * QUERIES
+    head = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * QUERIES
     g = _tile(grad + head * grad_head, t, queries, grad_row, width, QUERIES, WIDE, False, EVEN)
     o = _tile(out + head * out_head, t, queries, out_row, width, QUERIES, WIDE, False, EVEN)
     rows = t + tl.arange(0, QUERIES)
@@ -325,12 +318,12 @@ def _numbers(lse, delta, t, queries, QUERIES: tl.constexpr):
 
 @jit
 def _dq_kernel(
-    grad, q, k, v, lo, hi, lse, delta, dq, queries, keys, heads, group, width,
+    grad, q, k, v, lo, hi, lse, delta, dq, queries, keys, group, width,
     grad_row, grad_head, q_row, q_head, k_row, k_head, v_row, v_head, dq_row, dq_head, scale, factor, inner,
     CAPPED: tl.constexpr, EVEN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    head, tile = _place(heads)
-    t = (tl.cdiv(queries, QUERIES) - 1 - tile) * QUERIES
+    head = tl.program_id(1).to(tl.int64)
+    t = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
     begins, ends, begin, _, _, end = _interval(lo, hi, t, queries, QUERIES)
     k += head // group * k_head
     v += head // group * v_head
@@ -353,13 +346,13 @@ def _dq_kernel(
 
 @jit
 def _dkv_kernel(
-    grad, q, k, v, first, end, lse, delta, dk, dv, queries, keys, kv_heads, group, width,
+    grad, q, k, v, first, end, lse, delta, dk, dv, queries, keys, group, width,
     grad_row, grad_head, q_row, q_head, k_row, k_head, v_row, v_head, dk_row, dk_head, scale, factor, inner,
     K: tl.constexpr, V: tl.constexpr, CAPPED: tl.constexpr, EVEN: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    kv_head, tile = _place(kv_heads)
-    s = tile * KEYS
+    kv_head = tl.program_id(1).to(tl.int64)
+    s = tl.program_id(0) * KEYS
     firsts, ends, begin, _, _, stop = _interval(first, end, s, keys, KEYS)
     tile_k = _tile(k + kv_head * k_head, s, keys, k_row, width, KEYS, WIDE, False, EVEN)
     tile_v = _tile(v + kv_head * v_head, s, keys, v_row, width, KEYS, WIDE, False, EVEN)
@@ -400,8 +393,8 @@ def _forward(
     q, k, v = (together(x) for x in (q, k, v))
     size, way = _sizes("forward", q, softcap), _ways(q, scale, softcap)
     if queries:
-        _forward_kernel[_grid(heads, queries, size["QUERIES"])](
-            q, k, v, sinks, lo, hi, out, lse, queries, k.shape[0], heads, heads // k.shape[1], width,
+        _forward_kernel[grid(triton.cdiv(queries, size["QUERIES"]), heads)](
+            q, k, v, sinks, lo, hi, out, lse, queries, k.shape[0], heads // k.shape[1], width,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], SINKS=sinks is not None, **way, **size,
         )  # fmt: skip
     return out, lse
@@ -438,31 +431,26 @@ def _backward(
     way, delta = _ways(q, scale, softcap), torch.empty_like(lse)
     if queries:
         size = _sizes("delta", q, softcap)
-        _delta_kernel[_grid(heads, queries, size["QUERIES"])](
-            grad, out, delta, queries, heads, width, *grad.stride()[:2], *out.stride()[:2], EVEN=way["EVEN"], **size
+        _delta_kernel[grid(triton.cdiv(queries, size["QUERIES"]), heads)](
+            grad, out, delta, queries, width, *grad.stride()[:2], *out.stride()[:2], EVEN=way["EVEN"], **size
         )
     given = (*grad.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     if needs_q and queries:
         size = _sizes("dq", q, softcap)
-        _dq_kernel[_grid(heads, queries, size["QUERIES"])](
-            grad, q, k, v, lo, hi, lse, delta, dq, queries, keys, heads, heads // kv_heads, width,
+        _dq_kernel[grid(triton.cdiv(queries, size["QUERIES"]), heads)](
+            grad, q, k, v, lo, hi, lse, delta, dq, queries, keys, heads // kv_heads, width,
             *given, *dq.stride()[:2], scale, **way, **size,
         )  # fmt: skip
     if needs_kv and keys:
         size = _sizes("dkv", q, softcap)
         for which in ({"K": True, "V": True},) if size["WIDE"] <= BOTH else ({"K": True, "V": False}, {"K": False, "V": True}):
-            _dkv_kernel[_grid(kv_heads, keys, size["KEYS"])](
-                grad, q, k, v, first, end, lse, delta, dk, dv, queries, keys, kv_heads, heads // kv_heads, width,
+            _dkv_kernel[grid(triton.cdiv(keys, size["KEYS"]), kv_heads)](
+                grad, q, k, v, first, end, lse, delta, dk, dv, queries, keys, heads // kv_heads, width,
                 *given, *dk.stride()[:2], scale, **which, **way, **size,
             )  # fmt: skip
     if sinks is not None:
         dsinks = -(torch.exp(sinks[:, None] - lse) * delta).sum(1).to(sinks.dtype)
     return dq, dk, dv, dsinks
-
-
-def _grid(heads: int, slots: int, size: int) -> tuple[int, int]:
-    """One dimension (`_place`): tiles are too many for a second one in a row of two million slots."""
-    return grid(heads * triton.cdiv(slots, size))
 
 
 def _wide(x: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -254,8 +255,8 @@ def test_attention(ends, monkeypatch, turned):
     found, found_lse = flash._forward(q, k, v, None, seen.lo, seen.hi, 0.1, 0.0)
     ours = torch.zeros_like(delta)
     size = flash._sizes("delta", q, 0.0)
-    flash._delta_kernel[flash._grid(heads, slots, size["QUERIES"])](
-        grad, out, ours, slots, heads, 128, *grad.stride()[:2], *out.stride()[:2], EVEN=True, **size
+    flash._delta_kernel[launch.grid(slots // size["QUERIES"], heads)](
+        grad, out, ours, slots, 128, *grad.stride()[:2], *out.stride()[:2], EVEN=True, **size
     )
     agree((ours[0, :32], delta[0, :32]), (ours[-1, -32:], delta[-1, -32:]))
 
@@ -268,9 +269,6 @@ def test_attention(ends, monkeypatch, turned):
     if launch.INTERPRETED:
         monkeypatch.setattr(flash, "_delta_kernel", Ready())
     dq, dk, dv, _ = flash._backward(grad, q, k, v, None, out, lse.T, *seen, 0.1, 0.0, True, True)
-    first, last = both
-    # programs of queries begin with the last tile of the first head and end with the first of the last, those of keys the other way
-    for head, at, exact in ((0, last, want[1]), (-1, first, want[0])):
-        agree((found[at, head], exact[0][:, head]), (found_lse[at, head], lse[head, at]), (dq[at, head], exact[1][:, head]))
-    for head, at, exact in ((0, first, want[0]), (-1, last, want[1])):
-        agree((dk[at, head], exact[2][:, head]), (dv[at, head], exact[3][:, head]))
+    for head, (at, exact) in itertools.product((0, -1), zip(both, want)):
+        agree((found[at, head], exact[0][:, head]), (found_lse[at, head], lse[head, at]))
+        agree(*((x[at, head], w[:, head]) for x, w in zip((dq, dk, dv), exact[1:])))
