@@ -164,7 +164,7 @@ HALF = {
 }
 # where a soft-cap, or a mask of columns, needs registers that are free otherwise
 CAPPED = {("dkv", 64): Tiles(32, 128, 8, 2), ("dkv", 128): Tiles(16, 128, 8, 2)}
-UNEVEN = {("forward", 256): Tiles(128, 32, 8, 2)}
+UNEVEN = {("forward", 256): Tiles(64, 32, 8, 3)}
 
 
 @jit
