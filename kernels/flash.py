@@ -144,27 +144,21 @@ def unsupported(head_dim: int, dtype: torch.dtype, device: torch.device) -> str 
     return reason
 
 
-def tiles(kernel: str, columns: int, dtype: torch.dtype, capped: bool, even: bool) -> Tiles:
-    """The tiles of "forward", "dq" or "dkv" for heads of so many columns (a power of two, which they fill where even): the largest that
-    spill no registers."""
+def tiles(kernel: str, columns: int, dtype: torch.dtype, capped: bool) -> Tiles:
+    """The tiles of "forward", "dq" or "dkv" for heads of so many columns (a power of two): the largest that spill no registers."""
     if dtype == torch.float32:
         return FP32[kernel]
     columns = max(64, columns)
-    chosen = HALF[kernel][columns]
-    if capped:
-        chosen = CAPPED.get((kernel, columns), chosen)
-    return chosen if even else UNEVEN.get((kernel, columns), chosen)
+    return CAPPED.get((kernel, columns), HALF[kernel][columns]) if capped else HALF[kernel][columns]
 
 
 FP32 = {"forward": Tiles(32, 16, 8, 1), "dq": Tiles(32, 16, 8, 1), "dkv": Tiles(16, 32, 8, 1)}
 HALF = {
-    "forward": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 32, 8, 3)},
+    "forward": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 8, 3)},
     "dq": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(128, 32, 8, 2)},
     "dkv": {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(16, 128, 8, 2)},
 }
-# where a soft-cap, or a mask of columns, needs registers that are free otherwise
-CAPPED = {("dkv", 64): Tiles(32, 128, 8, 2), ("dkv", 128): Tiles(16, 128, 8, 2)}
-UNEVEN = {("forward", 256): Tiles(64, 32, 8, 3)}
+CAPPED = {("dkv", 64): Tiles(32, 128, 8, 2), ("dkv", 128): Tiles(16, 128, 8, 2)}  # where a soft-cap takes registers
 
 
 @jit
@@ -463,7 +457,7 @@ def _sizes(kernel: str, q: Tensor, softcap: float) -> dict[str, int]:
     wide = _wide(q)
     if kernel == "delta":
         return {"QUERIES": 32, "WIDE": wide, "num_warps": 4}
-    chosen = tiles(kernel, wide, q.dtype, bool(softcap), q.shape[-1] == wide)
+    chosen = tiles(kernel, wide, q.dtype, bool(softcap))
     return {"QUERIES": chosen.queries, "KEYS": chosen.keys, "WIDE": wide, "num_warps": chosen.warps, "num_stages": chosen.stages}
 
 
