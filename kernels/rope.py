@@ -106,7 +106,7 @@ def _backward(gq, gk, q, k, cos, sin, q_weight, k_weight, eps: float, offset: bo
 @jit
 def _places(first, heads, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
     """Heads [HEADS, 1], channels [1, BLOCK], the channels they pair with, and what of it is there."""
-    head = (first + tl.arange(0, HEADS))[:, None].to(tl.int64)  # heads may lie a whole row of tokens apart
+    head = (first + tl.arange(0, HEADS))[:, None]
     at = tl.arange(0, BLOCK)[None, :]
     pair = tl.where(at < R // 2, at + R // 2, at - R // 2)
     return head, at, tl.where(at < R, pair, at), (head < heads) & (at < H)
@@ -118,7 +118,7 @@ def _forward_heads(
     HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     head, at, pair, inside = _places(first, heads, HEADS, H, R, BLOCK)
-    source = x + row * x_row + head * x_head
+    source = x + row * x_row + head.to(tl.int64) * x_head  # heads may lie a whole row of tokens apart
     own, other = tl.load(source + at, mask=inside, other=0.0), tl.load(source + pair, mask=inside, other=0.0)
     kind = own.dtype
     own, other = own.to(tl.float32), other.to(tl.float32)
@@ -161,13 +161,13 @@ def _backward_heads(
     row = tl.program_id(0).to(tl.int64)
     part = tl.zeros((HEADS, BLOCK), tl.float32)
     while row < rows:
-        source = g + row * g_row + head * g_head
+        source = g + row * g_row + head.to(tl.int64) * g_head
         c = tl.load(cos + row * R + at, mask=at < R, other=1.0).to(tl.float32)
         s = tl.load(sin + row * R + pair, mask=at < R, other=0.0).to(tl.float32)
         own, other = tl.load(source + at, mask=inside, other=0.0), tl.load(source + pair, mask=inside, other=0.0)
         d = own.to(tl.float32) * c + other.to(tl.float32) * s
         if NORM:
-            value = tl.load(x + row * x_row + head * x_head + at, mask=inside, other=0.0).to(tl.float32)
+            value = tl.load(x + row * x_row + head.to(tl.int64) * x_head + at, mask=inside, other=0.0).to(tl.float32)
             r = 1.0 / tl.sqrt(tl.sum(value * value, 1)[:, None] / H + eps)
             normalized = value * r
             if TRAINED:
@@ -178,7 +178,7 @@ def _backward_heads(
         tl.store(dx + (row * heads + head) * H + at, d.to(dx.dtype.element_ty), mask=inside)
         row += step
     if TRAINED:
-        tl.store(dw + (tl.program_id(0) * heads + head) * H + at, part, mask=inside)
+        tl.store(dw + (tl.program_id(0) * heads + head).to(tl.int64) * H + at, part, mask=inside)
 
 
 @jit
