@@ -205,7 +205,7 @@ class _LinearScores(torch.autograd.Function):
         sums = torch.empty(4, count, dtype=wide_dtype(hidden.dtype), device=hidden.device)
         slopes = hidden.new_empty(count, hidden.shape[1]) if needs_dh else None  # u W, the row's gradient but for g
         only = None  # u of the only chunk
-        ctx.dw = torch.zeros(weight.shape, dtype=_wide(weight.dtype), device=weight.device) if needs_dw and how.summed else None
+        ctx.dw = torch.zeros(weight.shape, dtype=wide_dtype(weight.dtype), device=weight.device) if needs_dw and how.summed else None
         has_label = (labels >= 0).to(sums.dtype)[:, None] if ctx.dw is not None and kept is None else None
         later = needs_dw and not how.summed
         for c in chunks:
