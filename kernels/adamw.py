@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.launch import jit, tl
+from kernels.launch import grid, jit, tl
 
 BLOCK = 1024  # elements of a program: 8 a thread, so four loads of 32 bytes are on their way at once
 VECTOR = 16  # bytes that a thread can load at once, where addresses and sizes are multiples of them
@@ -69,7 +69,7 @@ def adamw(
     if not first:
         return
     aligned = math.gcd(VECTOR, *pointers, *(size * dtype.itemsize for size in sizes)) == VECTOR
-    _adamw_kernel[(first,)](
+    _adamw_kernel[grid(first)](
         _on_device(tuple(rows), torch.int64, device), _owners(tuple(sizes), device), _on_device(tuple(decays), torch.float32, device),
         scale, *update.factors(),
         DTYPE=getattr(tl, str(dtype).removeprefix("torch.")), BYTES=dtype.itemsize, ALIGNED=aligned, SCALED=scale is not None,

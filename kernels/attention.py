@@ -39,6 +39,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.launch import wide_dtype
+
 TILE = 256  # queries per tile beyond the window: a tile's fixed cost against the keys it looks at in vain
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -269,7 +271,7 @@ def _scores(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(out, lse) of attention with a mask spelled out."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q.dtype)
     k, v = _spread(q, k, v)
     scores = _scores(q.to(wide), k.to(wide), seen, scale)
     p = scores.softmax(-1).masked_fill(~seen.any(1)[:, None], 0.0)  # a softmax over nothing is nan
@@ -362,7 +364,7 @@ def _cpu_forward(
 
 def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     """Room for the results of attention: out like q, and lse [T, N]."""
-    lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import launch
-from kernels.launch import INTERPRET, block, jit, operator, tl, triton
+from kernels.launch import INTERPRET, block, grid, jit, operator, tl, together, triton, wide_dtype
 
 WIDEST = 256  # columns of a head
 SHARED = 192 * 1024  # bytes that the largest program needs
@@ -90,7 +90,7 @@ def flash_ref(
     q: Tensor, k: Tensor, v: Tensor, seen: Spans, scale: float, softcap: float = 0.0, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The obvious twin, differentiated by autograd: (out, lse [T, N]) from all scores of the row, masked."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q.dtype)
     k, v = (x.to(wide).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("tnh,snh->tns", q.to(wide), k) * scale
     if softcap:
@@ -144,17 +144,21 @@ def unsupported(head_dim: int, dtype: torch.dtype, device: torch.device) -> str 
     return reason
 
 
-def tiles(kernel: str, columns: int, dtype: torch.dtype) -> Tiles:
+def tiles(kernel: str, columns: int, dtype: torch.dtype, capped: bool) -> Tiles:
     """The tiles of "forward", "dq" or "dkv" for heads of so many columns (a power of two): the largest that spill no registers."""
-    return FP32[kernel] if dtype == torch.float32 else HALF[kernel][max(64, columns)]
+    if dtype == torch.float32:
+        return FP32[kernel]
+    columns = max(64, columns)
+    return CAPPED.get((kernel, columns), HALF[kernel][columns]) if capped else HALF[kernel][columns]
 
 
 FP32 = {"forward": Tiles(32, 16, 8, 1), "dq": Tiles(32, 16, 8, 1), "dkv": Tiles(16, 32, 8, 1)}
 HALF = {
-    "forward": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 32, 8, 3)},
+    "forward": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 8, 3)},
     "dq": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(128, 32, 8, 2)},
     "dkv": {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(16, 128, 8, 2)},
 }
+CAPPED = {("dkv", 64): Tiles(32, 128, 8, 2), ("dkv", 128): Tiles(16, 128, 8, 2)}  # where a soft-cap takes registers
 
 
 @jit
@@ -166,7 +170,9 @@ def _product(a, b, acc):
 
 @jit
 def _tile(x, start, stop, stride, width, BLOCK: tl.constexpr, WIDE: tl.constexpr, INSIDE: tl.constexpr, EVEN: tl.constexpr):
-    """Rows [start, start + BLOCK) of x, 0 from `stop` on and beyond its width. INSIDE: none are; EVEN: it is as wide as the block."""
+    """Rows [start, start + BLOCK) of x, 0 from `stop` on and beyond its width. INSIDE: none are; EVEN: it is as wide as the block.
+
+    Within a tile int32 is enough while a slot's strides are below 2^24 elements; in int64 they would take registers."""
     rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDE)[None, :]
     at = x + start.to(tl.int64) * stride + rows * stride + columns
     if INSIDE and EVEN:
@@ -239,8 +245,8 @@ def _forward_kernel(
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, factor, inner,
     CAPPED: tl.constexpr, SINKS: tl.constexpr, EVEN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
-    t = (tl.num_programs(1) - 1 - tl.program_id(1)) * QUERIES  # in a long document the last have the most to do
+    head = tl.program_id(1).to(tl.int64)
+    t = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES  # in a long document the last have the most to do
     begins, ends, begin, common, until, end = _interval(lo, hi, t, queries, QUERIES)
     before, free, after = _steps(begin, common, until, end, KEYS)
     k += head // group * k_head
@@ -271,10 +277,11 @@ def _forward_kernel(
 
 @jit
 def _delta_kernel(
-    grad, out, delta, queries, width, grad_row, grad_head, out_row, out_head, EVEN: tl.constexpr, QUERIES: tl.constexpr, WIDE: tl.constexpr
-):
-    head = tl.program_id(0).to(tl.int64)
-    t = tl.program_id(1) * QUERIES
+    grad, out, delta, queries, width, grad_row, grad_head, out_row, out_head,
+    EVEN: tl.constexpr, QUERIES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * QUERIES
     g = _tile(grad + head * grad_head, t, queries, grad_row, width, QUERIES, WIDE, False, EVEN)
     o = _tile(out + head * out_head, t, queries, out_row, width, QUERIES, WIDE, False, EVEN)
     rows = t + tl.arange(0, QUERIES)
@@ -309,8 +316,8 @@ def _dq_kernel(
     grad_row, grad_head, q_row, q_head, k_row, k_head, v_row, v_head, dq_row, dq_head, scale, factor, inner,
     CAPPED: tl.constexpr, EVEN: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
-    t = (tl.num_programs(1) - 1 - tl.program_id(1)) * QUERIES
+    head = tl.program_id(1).to(tl.int64)
+    t = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
     begins, ends, begin, _, _, end = _interval(lo, hi, t, queries, QUERIES)
     k += head // group * k_head
     v += head // group * v_head
@@ -338,8 +345,8 @@ def _dkv_kernel(
     K: tl.constexpr, V: tl.constexpr, CAPPED: tl.constexpr, EVEN: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    kv_head = tl.program_id(0).to(tl.int64)
-    s = tl.program_id(1) * KEYS
+    kv_head = tl.program_id(1).to(tl.int64)
+    s = tl.program_id(0) * KEYS
     firsts, ends, begin, _, _, stop = _interval(first, end, s, keys, KEYS)
     tile_k = _tile(k + kv_head * k_head, s, keys, k_row, width, KEYS, WIDE, False, EVEN)
     tile_v = _tile(v + kv_head * v_head, s, keys, v_row, width, KEYS, WIDE, False, EVEN)
@@ -377,10 +384,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     out, lse = _forward_fake(q, k, v, sinks, lo, hi, scale, softcap)
     queries, heads, width = q.shape
-    q, k, v = (_columns(x) for x in (q, k, v))
-    size, way = _sizes("forward", q), _ways(q, scale, softcap)
+    q, k, v = (together(x) for x in (q, k, v))
+    size, way = _sizes("forward", q, softcap), _ways(q, scale, softcap)
     if queries:
-        _forward_kernel[(heads, triton.cdiv(queries, size["QUERIES"]))](
+        _forward_kernel[grid(triton.cdiv(queries, size["QUERIES"]), heads)](
             q, k, v, sinks, lo, hi, out, lse, queries, k.shape[0], heads // k.shape[1], width,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], SINKS=sinks is not None, **way, **size,
         )  # fmt: skip
@@ -413,25 +420,25 @@ def _backward(
     """(dq, dk, dv, dsinks). lse in any layout; those that are not needed are empty."""
     dq, dk, dv, dsinks = _backward_fake(grad, q, k, v, sinks, out, lse, lo, hi, first, end, scale, softcap, needs_q, needs_kv)
     (queries, heads, width), (keys, kv_heads, _) = q.shape, k.shape
-    grad, q, k, v, out = (_columns(x) for x in (grad, q, k, v, out))
+    grad, q, k, v, out = (together(x) for x in (grad, q, k, v, out))
     lse = lse.T.contiguous()
     way, delta = _ways(q, scale, softcap), torch.empty_like(lse)
     if queries:
-        size = _sizes("delta", q)
-        _delta_kernel[(heads, triton.cdiv(queries, size["QUERIES"]))](
+        size = _sizes("delta", q, softcap)
+        _delta_kernel[grid(triton.cdiv(queries, size["QUERIES"]), heads)](
             grad, out, delta, queries, width, *grad.stride()[:2], *out.stride()[:2], EVEN=way["EVEN"], **size
         )
     given = (*grad.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     if needs_q and queries:
-        size = _sizes("dq", q)
-        _dq_kernel[(heads, triton.cdiv(queries, size["QUERIES"]))](
+        size = _sizes("dq", q, softcap)
+        _dq_kernel[grid(triton.cdiv(queries, size["QUERIES"]), heads)](
             grad, q, k, v, lo, hi, lse, delta, dq, queries, keys, heads // kv_heads, width,
             *given, *dq.stride()[:2], scale, **way, **size,
         )  # fmt: skip
     if needs_kv and keys:
-        size = _sizes("dkv", q)
+        size = _sizes("dkv", q, softcap)
         for which in ({"K": True, "V": True},) if size["WIDE"] <= BOTH else ({"K": True, "V": False}, {"K": False, "V": True}):
-            _dkv_kernel[(kv_heads, triton.cdiv(keys, size["KEYS"]))](
+            _dkv_kernel[grid(triton.cdiv(keys, size["KEYS"]), kv_heads)](
                 grad, q, k, v, first, end, lse, delta, dk, dv, queries, keys, heads // kv_heads, width,
                 *given, *dk.stride()[:2], scale, **which, **way, **size,
             )  # fmt: skip
@@ -440,22 +447,17 @@ def _backward(
     return dq, dk, dv, dsinks
 
 
-def _columns(x: Tensor) -> Tensor:
-    """Heads whose columns lie together; a copy only where they do not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _wide(x: Tensor) -> int:
     """Columns of a tile; tensor cores want 16."""
     return max(16, block(x.shape[-1]))
 
 
-def _sizes(kernel: str, q: Tensor) -> dict[str, int]:
+def _sizes(kernel: str, q: Tensor, softcap: float) -> dict[str, int]:
     """Blocks and launch options."""
     wide = _wide(q)
     if kernel == "delta":
         return {"QUERIES": 32, "WIDE": wide, "num_warps": 4}
-    chosen = tiles(kernel, wide, q.dtype)
+    chosen = tiles(kernel, wide, q.dtype, bool(softcap))
     return {"QUERIES": chosen.queries, "KEYS": chosen.keys, "WIDE": wide, "num_warps": chosen.warps, "num_stages": chosen.stages}
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import jit, operator, rows_of, tl
+from kernels.launch import grid, jit, operator, rows_of, tl
 
 _aten = torch.ops.aten
 ACT = {  # name: (a(x), g a'(x))
@@ -124,8 +124,9 @@ def _forward_triton(gate: Tensor, up: Tensor, act: str) -> Tensor:
     x, u, y = rows_of(gate), rows_of(up), _forward_fake(gate, up, act)
     rows, columns = x.shape
     if y.numel():
-        grid = (rows, -(-columns // BLOCK))
-        _forward_kernel[grid](x, u, y, x.stride(0), u.stride(0), columns, KIND=KIND[act], BLOCK=BLOCK, num_warps=4)
+        _forward_kernel[grid(rows, -(-columns // BLOCK))](
+            x, u, y, x.stride(0), u.stride(0), columns, KIND=KIND[act], BLOCK=BLOCK, num_warps=4
+        )
     return y
 
 
@@ -139,8 +140,7 @@ def _backward_triton(grad: Tensor, gate: Tensor, up: Tensor, act: str, again: bo
     dgate, dup, y = _backward_fake(grad, gate, up, act, again)
     rows, columns = x.shape
     if dgate.numel():
-        grid = (rows, -(-columns // BLOCK))
-        _backward_kernel[grid](
+        _backward_kernel[grid(rows, -(-columns // BLOCK))](
             g, x, u, dgate, dup, y, g.stride(0), x.stride(0), u.stride(0), columns, KIND=KIND[act], AGAIN=again, BLOCK=BLOCK, num_warps=4
         )
     return dgate, dup, y

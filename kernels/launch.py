@@ -4,9 +4,10 @@ A file of `kernels/` holds the public function, its obvious twin in torch, Trito
 table of implementations by name. Launchers are operators with fake versions (`operator`), so that compiled blocks, selective
 recomputation and dry runs see each of them as one thing.
 
-Rules for kernels. Arithmetic in fp32. Sizes that can exceed 2^31 elements are indexed in int64: rows by `program_id(0).to(tl.int64)`.
-Strides are arguments. Nothing is read back to the host. Settings (blocks, warps) are functions of the shape, not tuned at run time:
-packing never brings a new shape, and a first step should not wait for tuning.
+Rules for kernels. Arithmetic in fp32. Sizes that can exceed 2^31 elements are indexed in int64: rows by `program_id(0).to(tl.int64)`,
+and whatever else is multiplied by a stride. What grows with the number of tokens is the grid's first dimension: the second takes only
+65,535 programs (`grid`). Strides are arguments. Nothing is read back to the host. Settings (blocks, warps) are functions of the shape,
+not tuned at run time: packing never brings a new shape, and a first step should not wait for tuning.
 
 `TRITON_INTERPRET=1`, set before this is imported, runs kernels in Triton's interpreter on CPU tensors, slowly: the tests' way.
 There `tl.dot` multiplies the raw bits of bf16 operands (Triton 3.6 to 3.9), so kernels widen them first where INTERPRET says so.
@@ -32,6 +33,7 @@ except ImportError:  # no wheel for this platform: the torch implementations are
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRET = tl.constexpr(INTERPRETED) if tl else INTERPRETED  # the same, for use inside kernels
+MOST = (2**31 - 1, 65535)  # programs along the first and the second dimension of a CUDA grid
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -69,7 +71,22 @@ def warps(elements: int) -> int:
     return min(16, max(4, elements // 512))
 
 
+def grid(x: int, y: int = 1) -> tuple[int, int]:
+    """So many programs, if a device takes them: y must not depend on the number of tokens."""
+    assert x <= MOST[0] and y <= MOST[1], f"{x} x {y} programs, where a device takes {MOST[0]} x {MOST[1]}"
+    return x, y
+
+
+def together(x: torch.Tensor) -> torch.Tensor:
+    """x, its last dimension side by side in memory; a copy only where it does not lie so."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """[..., D] -> [rows, D] whose columns lie side by side; a copy only where they do not."""
-    flat = x.flatten(0, -2)
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
+    """[..., D] -> [rows, D] whose columns lie side by side."""
+    return together(x.flatten(0, -2))
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What is summed in: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)

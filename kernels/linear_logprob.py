@@ -44,7 +44,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import block, jit, operator, tl, warps
+from kernels.launch import block, grid, jit, operator, tl, warps, wide_dtype
 
 WIDEST = 4096  # columns of a block: 16 a thread
 
@@ -110,7 +110,7 @@ def linear_logprob_ref(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: 
 
 def linear_scores_ref(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None, extras: Extras = PLAIN) -> Scores:
     """The obvious twin of `linear_scores`. Autograd sees through all of it; compare gradients of `value`."""
-    logits = F.linear(hidden, weight.to(hidden.dtype)).to(_wide(hidden.dtype))
+    logits = F.linear(hidden, weight.to(hidden.dtype)).to(wide_dtype(hidden.dtype))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     every = torch.log_softmax(logits, -1)
@@ -192,11 +192,7 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     """a b in at least fp32. On CUDA half-precision products accumulate in fp32 anyway; there it is not rounded away."""
     if _gpu(a) and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b).to(_wide(a.dtype))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return torch.mm(a, b).to(wide_dtype(a.dtype))
 
 
 class _LinearScores(torch.autograd.Function):
@@ -206,10 +202,10 @@ class _LinearScores(torch.autograd.Function):
         w, label = weight.to(hidden.dtype), _columns(_take(labels, kept), weight, how.split)
         count, vocabulary = label.shape[0], _vocabulary(weight, how.split)
         chunks = _chunks(count, how.rows)
-        sums = torch.empty(4, count, dtype=_wide(hidden.dtype), device=hidden.device)
+        sums = torch.empty(4, count, dtype=wide_dtype(hidden.dtype), device=hidden.device)
         slopes = hidden.new_empty(count, hidden.shape[1]) if needs_dh else None  # u W, the row's gradient but for g
         only = None  # u of the only chunk
-        ctx.dw = torch.zeros(weight.shape, dtype=_wide(weight.dtype), device=weight.device) if needs_dw and how.summed else None
+        ctx.dw = torch.zeros(weight.shape, dtype=wide_dtype(weight.dtype), device=weight.device) if needs_dw and how.summed else None
         has_label = (labels >= 0).to(sums.dtype)[:, None] if ctx.dw is not None and kept is None else None
         later = needs_dw and not how.summed
         for c in chunks:
@@ -256,7 +252,7 @@ class _LinearScores(torch.autograd.Function):
             dw = None if dw is None else dw.mul_(grad[0]).to(ctx.dtype)
         elif weight is not None:
             w, label = weight.to(hidden.dtype), _columns(label, weight, how.split)
-            dw = torch.zeros(weight.shape, dtype=_wide(weight.dtype), device=weight.device)
+            dw = torch.zeros(weight.shape, dtype=wide_dtype(weight.dtype), device=weight.device)
             for c in _chunks(label.shape[0], how.rows):
                 h = _rows(hidden, kept, c)
                 if only is None:
@@ -434,7 +430,7 @@ def _sums_triton(z: Tensor, label: Tensor, softcap: float | None) -> Tensor:
     """z: [C, V], label: [C] int64 -> [4, C] fp32, all of them (`Impl.read`)."""
     sums, (rows, columns), size = _sums_fake(z, label, softcap), z.shape, min(WIDEST, block(z.shape[1]))
     if rows:
-        _read_kernel[(rows,)](
+        _read_kernel[grid(rows)](
             z, label, sums, z.stride(0), rows, columns, softcap or 0.0, CAP=softcap is not None, BLOCK=size, num_warps=warps(size)
         )
     return sums
@@ -460,7 +456,7 @@ def _slope_triton(
     (rows, columns), size = z.shape, min(WIDEST, block(z.shape[1]))
     u = z.new_empty(z.shape, dtype=dtype)
     if rows:
-        _slope_kernel[(rows, -(-columns // size))](
+        _slope_kernel[grid(rows, -(-columns // size))](
             z, label, lse, scale, u, z.stride(0), columns, softcap or 0.0, 1.0 - smoothing, smoothing / vocabulary, z_loss,
             CAP=softcap is not None, SCALED=scale is not None, BLOCK=size, num_warps=warps(size),
         )  # fmt: skip

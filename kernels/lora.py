@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.launch import jit, operator, rows_of, tl
+from kernels.launch import grid, jit, operator, rows_of, tl
 
 
 class Part(NamedTuple):
@@ -116,11 +116,22 @@ class Needs(NamedTuple):
 
 
 def inputs_gradient(
-    grads: Sequence[Tensor], parts: Sequence[Part], kinds: Sequence[Kind], seed: Tensor | None, needs_dx: bool, impl: str
+    grads: Sequence[Tensor],
+    parts: Sequence[Part],
+    kinds: Sequence[Kind],
+    needs: Sequence[Needs],
+    seed: Tensor | None,
+    needs_dx: bool,
+    impl: str,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """(dx [T, in], or None where it is not wanted; ds [T, r] of each part that has an adapter). grads: of each y, [T, out]."""
-    dtype = grads[0].dtype
-    slopes = [None if p.a is None else (g @ p.b.to(dtype)) * kind.scale for g, p, kind in zip(grads, parts, kinds)]
+    """(dx [T, in], or None where it is not wanted; ds [T, r] of each part whose adapter needs it for dx or for its A).
+
+    grads: of each y, [T, out].
+    """
+    dtype, slopes = grads[0].dtype, []
+    for g, part, kind, need in zip(grads, parts, kinds, needs):
+        read = part.a is not None and (needs_dx or need.a)
+        slopes.append((g @ part.b.to(dtype)) * kind.scale if read else None)
     if not needs_dx:
         return None, slopes
     lefts, rights = list(grads), [part.weight.to(dtype) for part in parts]
@@ -231,8 +242,9 @@ def _dropout_triton(x: Tensor, seed: Tensor, chance: float, first: int) -> Tenso
     x, y = rows_of(x), _dropout_fake(x, seed, chance, first)
     rows, columns = x.shape
     if y.numel():
-        grid = (rows, -(-columns // 1024))
-        _dropout_kernel[grid](x, y, seed, x.stride(0), columns, first, _threshold(chance), 1 / (1 - chance), BLOCK=1024, num_warps=4)
+        _dropout_kernel[grid(rows, -(-columns // 1024))](
+            x, y, seed, x.stride(0), columns, first, _threshold(chance), 1 / (1 - chance), BLOCK=1024, num_warps=4
+        )
     return y
 
 

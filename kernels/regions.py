@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import glu, lora, rms_norm, rope
+from kernels.launch import wide_dtype
 from kernels.lora import Kind, Needs, Part
 
 # What stands in for gate, and for up: two tensors or None. `none` makes them again in the backward. `8bit` rounds them to a float with 3
@@ -174,7 +175,17 @@ def _with_bias(y: Tensor, part: Part) -> Tensor:
 
 
 def _bias_grad(grad: Tensor, part: Part, need: Needs) -> Tensor | None:
-    return grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(part.bias.dtype) if need.bias else None
+    return grad.sum(0, dtype=wide_dtype(grad.dtype)).to(part.bias.dtype) if need.bias else None
+
+
+def _gate_up(
+    fixed: _Fixed, kept: Sequence[Tensor | None], x: Tensor | None, inner: Sequence[Part], seed: Tensor | None, dtype: torch.dtype
+):
+    """gate and up in the backward, from what stands in for them (KEEP), or from the norm x [T, D] where nothing does."""
+    if fixed.keep != "none":
+        return [_unpacked(*kept[:2], dtype), _unpacked(*kept[2:], dtype)]
+    made, _ = lora.linears(x, inner, fixed.kinds[:2], seed, fixed.ops.dropout)
+    return [_with_bias(y, part) for y, part in zip(made, inner)]
 
 
 class _QueriesKeysValues(torch.autograd.Function):
@@ -201,7 +212,7 @@ class _QueriesKeysValues(torch.autograd.Function):
         )
         grads = [g.flatten(-2) for g in (dq, dk, gv)]
         needs_dx, drop = needs_h or needs_norm, fixed.ops.dropout
-        dx, slopes = lora.inputs_gradient(grads, parts, fixed.kinds, seed, needs_dx, drop)
+        dx, slopes = lora.inputs_gradient(grads, parts, fixed.kinds, needs, seed, needs_dx, drop)
         x = fixed.norm(h, None, weight)[1] if lora.reads_input(needs) else None
         found = lora.weights_gradients(grads, x, low, slopes, parts, fixed.kinds, needs, seed, drop)
         found = [f._replace(bias=_bias_grad(g, part, need)) for f, g, part, need in zip(found, grads, parts, needs)]
@@ -228,7 +239,7 @@ class _Linear(torch.autograd.Function):
         bias = _bias_grad(grad, part, need)
         g = grad if fixed.leave is None else fixed.leave.back(grad)
         needs_dx, drop = ctx.needs_input_grad[1], fixed.ops.dropout
-        dx, slopes = lora.inputs_gradient([g], [part], fixed.kinds, seed, needs_dx, drop)
+        dx, slopes = lora.inputs_gradient([g], [part], fixed.kinds, [need], seed, needs_dx, drop)
         (found,) = lora.weights_gradients([g], x, low, slopes, [part], fixed.kinds, [need], seed, drop)
         return None, dx, None, *found._replace(bias=bias)
 
@@ -258,24 +269,31 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx, to_sum, grad):
         total, r, gate, gate_scale, up, up_scale, low, low_down, weight, seed, *flat = ctx.saved_tensors
         fixed, (*inner, down), (*needs, need) = ctx.fixed, _parts(flat), _needs(ctx.needs_input_grad[5:])
-        needs_norm, drop = ctx.needs_input_grad[3], fixed.ops.dropout
+        drop, (needs_h, needs_add, needs_norm) = fixed.ops.dropout, ctx.needs_input_grad[1:4]
+        needs_dx = needs_h or needs_add or needs_norm
+        inside = needs_dx or any(map(any, needs))  # does anything before the product of gate and up want a gradient?
+        again = lora.reads_input([need])
         bias = _bias_grad(grad, down, need)
         g = grad if fixed.leave is None else fixed.leave.back(grad)
-        x = fixed.norm(total, None, weight)[1] if lora.reads_input(needs) or fixed.keep == "none" else None
-        if fixed.keep == "none":
-            made, _ = lora.linears(x, inner, fixed.kinds[:2], seed, drop)
-            gate, up = (_with_bias(y, part) for y, part in zip(made, inner))
-        else:
-            gate, up = _unpacked(gate, gate_scale, grad.dtype), _unpacked(up, up_scale, grad.dtype)
-        last, again = None if seed is None else seed[2:], lora.reads_input([need])
-        dmiddle, slopes = lora.inputs_gradient([g], [down], fixed.kinds[2:], last, True, drop)
-        dgate, dup, middle = glu.backward(dmiddle, gate, up, fixed.act, again, fixed.ops.glu)
+        x = middle = dgate = dup = dh = dw = None
+        if lora.reads_input(needs) or (fixed.keep == "none" and (inside or again)):
+            x = fixed.norm(total, None, weight)[1]
+        if inside or again:
+            gate, up = _gate_up(fixed, (gate, gate_scale, up, up_scale), x, inner, seed, grad.dtype)
+        last = None if seed is None else seed[2:]
+        dmiddle, slopes = lora.inputs_gradient([g], [down], fixed.kinds[2:], [need], last, inside, drop)
+        if inside:
+            dgate, dup, middle = glu.backward(dmiddle, gate, up, fixed.act, again, fixed.ops.glu)
+        elif again:
+            middle = glu.forward(gate, up, fixed.act, fixed.ops.glu)
         (found_down,) = lora.weights_gradients([g], middle, low_down, slopes, [down], fixed.kinds[2:], [need], last, drop)
         del middle, dmiddle, g
-        grads = [dgate, dup]
-        dx, slopes = lora.inputs_gradient(grads, inner, fixed.kinds[:2], seed, True, drop)
-        found = lora.weights_gradients(grads, x, low, slopes, inner, fixed.kinds[:2], needs, seed, drop)
-        found = [f._replace(bias=_bias_grad(g, part, n)) for f, g, part, n in zip(found, grads, inner, needs)]
-        dh, dw = fixed.norm_backward(dx, to_sum, total, r, weight, needs_norm)
-        needs_h, needs_add = ctx.needs_input_grad[1:3]
+        found = [Part(*[None] * 4)] * 2
+        if inside:
+            grads = [dgate, dup]
+            dx, slopes = lora.inputs_gradient(grads, inner, fixed.kinds[:2], needs, seed, needs_dx, drop)
+            found = lora.weights_gradients(grads, x, low, slopes, inner, fixed.kinds[:2], needs, seed, drop)
+            found = [f._replace(bias=_bias_grad(g, part, n)) for f, g, part, n in zip(found, grads, inner, needs)]
+        if needs_dx:
+            dh, dw = fixed.norm_backward(dx, to_sum, total, r, weight, needs_norm)
         return None, dh if needs_h else None, dh if needs_add else None, dw, None, *_flat([*found, found_down._replace(bias=bias)])

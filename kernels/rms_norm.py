@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import block, jit, operator, rows_of, tl, warps
+from kernels.launch import block, grid, jit, operator, rows_of, tl, warps, wide_dtype
 
 PARTS = 256  # partial sums of dw; a few for each multiprocessor
 WIDEST = 16384  # columns that a program's registers hold
@@ -45,7 +45,7 @@ def add_rms_norm(x: Tensor, add: Tensor, weight: Tensor, eps: float, offset: boo
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, offset: bool = False) -> Tensor:
     """The obvious twin, differentiated by autograd."""
-    wide = x.to(_wide(x))
+    wide = x.to(wide_dtype(x.dtype))
     normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if offset:
         return (normalized * (1.0 + weight.to(wide.dtype))).to(x.dtype)
@@ -71,13 +71,9 @@ def backward(
     return dx, dw if needs_dw else None
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _forward(x: Tensor, add: Tensor | None, weight: Tensor, eps: float, offset: bool) -> tuple[Tensor, Tensor, Tensor]:
     x = x if add is None else x + add
-    wide = x.to(_wide(x))
+    wide = x.to(wide_dtype(x.dtype))
     r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     # nothing in place, and no cast to the same dtype: where the result is an alias, torch 2.11 compiles without the gradient
     if not offset:
@@ -159,7 +155,7 @@ def _forward_triton(x: Tensor, add: Tensor | None, weight: Tensor, eps: float, o
     rows, columns = flat.shape
     if rows:
         size = block(columns)
-        _forward_kernel[(rows,)](
+        _forward_kernel[grid(rows)](
             flat, plus, weight, total, y, r, flat.stride(0), 0 if plus is None else plus.stride(0), eps,
             COLUMNS=columns, OFFSET=offset, ADD=add is not None, BLOCK=size, num_warps=warps(size),
         )  # fmt: skip
@@ -181,7 +177,7 @@ def _backward_triton(
     parts = x.new_zeros((programs, columns) if needs_dw else (0, 0), dtype=torch.float32)
     if rows:
         size = block(columns)
-        _backward_kernel[(programs,)](
+        _backward_kernel[grid(programs)](
             g, more, flat, r, weight, dx, parts, g.stride(0), 0 if more is None else more.stride(0), flat.stride(0), rows,
             COLUMNS=columns, OFFSET=offset, ADD=more is not None, TRAINED=needs_dw, BLOCK=size, num_warps=warps(size), num_stages=1,
         )  # fmt: skip

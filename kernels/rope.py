@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import rms_norm
-from kernels.launch import block, jit, operator, tl
+from kernels.launch import block, grid, jit, operator, tl, together
 
 CHANNELS = 1024  # of the heads of a program together
 PARTS = 512  # partial sums of the gradients of the norms' weights
@@ -118,7 +118,7 @@ def _forward_heads(
     HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     head, at, pair, inside = _places(first, heads, HEADS, H, R, BLOCK)
-    source = x + row * x_row + head * x_head
+    source = x + row * x_row + head.to(tl.int64) * x_head  # heads may lie a whole row of tokens apart
     own, other = tl.load(source + at, mask=inside, other=0.0), tl.load(source + pair, mask=inside, other=0.0)
     kind = own.dtype
     own, other = own.to(tl.float32), other.to(tl.float32)
@@ -161,13 +161,13 @@ def _backward_heads(
     row = tl.program_id(0).to(tl.int64)
     part = tl.zeros((HEADS, BLOCK), tl.float32)
     while row < rows:
-        source = g + row * g_row + head * g_head
+        source = g + row * g_row + head.to(tl.int64) * g_head
         c = tl.load(cos + row * R + at, mask=at < R, other=1.0).to(tl.float32)
         s = tl.load(sin + row * R + pair, mask=at < R, other=0.0).to(tl.float32)
         own, other = tl.load(source + at, mask=inside, other=0.0), tl.load(source + pair, mask=inside, other=0.0)
         d = own.to(tl.float32) * c + other.to(tl.float32) * s
         if NORM:
-            value = tl.load(x + row * x_row + head * x_head + at, mask=inside, other=0.0).to(tl.float32)
+            value = tl.load(x + row * x_row + head.to(tl.int64) * x_head + at, mask=inside, other=0.0).to(tl.float32)
             r = 1.0 / tl.sqrt(tl.sum(value * value, 1)[:, None] / H + eps)
             normalized = value * r
             if TRAINED:
@@ -210,13 +210,12 @@ def _forward_fake(q, k, cos, sin, q_weight, k_weight, eps, offset):
 def _forward_triton(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, offset: bool
 ) -> tuple[Tensor, Tensor]:
-    q, k, cos, sin = _heads(q), _heads(k), cos.contiguous(), sin.contiguous()
+    q, k, cos, sin = together(q), together(k), cos.contiguous(), sin.contiguous()
     q_out, k_out = _forward_fake(q, k, cos, sin, q_weight, k_weight, eps, offset)
     rows, q_heads, size = q.shape
     if rows:
         padded, some = _blocks(size)
-        grid = (rows, -(-q_heads // some) + -(-k.shape[1] // some))
-        _forward_kernel[grid](
+        _forward_kernel[grid(rows, -(-q_heads // some) + -(-k.shape[1] // some))](
             q, k, q_out, k_out, q_weight, k_weight, cos, sin, q_heads, k.shape[1], *q.stride()[:2], *k.stride()[:2], eps,
             HEADS=some, H=size, R=cos.shape[-1], BLOCK=padded, NORM=q_weight is not None, OFFSET=offset, num_warps=4,
         )  # fmt: skip
@@ -233,9 +232,9 @@ def _backward_triton(
     gq: Tensor, gk: Tensor, q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor,
     q_weight: Tensor | None, k_weight: Tensor | None, eps: float, offset: bool, needs_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    gq, gk, cos, sin = _heads(gq), _heads(gk), cos.contiguous(), sin.contiguous()
+    gq, gk, cos, sin = together(gq), together(gk), cos.contiguous(), sin.contiguous()
     norm = q_weight is not None
-    q, k = (_heads(q), _heads(k)) if norm else (gq, gk)
+    q, k = (together(q), together(k)) if norm else (gq, gk)
     dq, dk, dq_weight, dk_weight = _backward_fake(gq, gk, q, k, cos, sin, q_weight, k_weight, eps, offset, needs_dw)
     rows, q_heads, size = gq.shape
     trained = norm and needs_dw
@@ -243,8 +242,7 @@ def _backward_triton(
     parts = [gq.new_zeros((programs, heads, size) if trained else 0, dtype=torch.float32) for heads in (q_heads, gk.shape[1])]
     if rows:
         padded, some = _blocks(size)
-        grid = (programs, -(-q_heads // some) + -(-gk.shape[1] // some))
-        _backward_kernel[grid](
+        _backward_kernel[grid(programs, -(-q_heads // some) + -(-gk.shape[1] // some))](
             gq, gk, q, k, dq, dk, q_weight, k_weight, *parts, cos, sin, rows, q_heads, gk.shape[1],
             *gq.stride()[:2], *gk.stride()[:2], *q.stride()[:2], *k.stride()[:2], eps,
             HEADS=some, H=size, R=cos.shape[-1], BLOCK=padded, NORM=norm, OFFSET=offset, TRAINED=trained, num_warps=4, num_stages=1,
@@ -258,11 +256,6 @@ def _blocks(size: int) -> tuple[int, int]:
     """Of a program: channels of a head, a power of two, and heads."""
     channels = block(size)
     return channels, max(1, min(8, CHANNELS // channels))
-
-
-def _heads(x: Tensor) -> Tensor:
-    """[T, heads, H] with the channels of a head side by side; a copy only where they are not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 IMPLS = {"torch": Impl(_forward, _backward), "triton": Impl(_forward_triton, _backward_triton)}

@@ -53,8 +53,8 @@ def test_like_each_linear_by_itself(ranks, chance):
 
     found, low = op.linears(x, parts, kinds, seed, "torch")
     close(found, [w.detach() for w in want])
-    dx, slopes = op.inputs_gradient(grads, parts, kinds, seed, True, "torch")
     needs = [Needs(True, False, p.a is not None, p.b is not None) for p in parts]
+    dx, slopes = op.inputs_gradient(grads, parts, kinds, needs, seed, True, "torch")
     found_parts = op.weights_gradients(grads, x, low, slopes, parts, kinds, needs, seed, "torch")
     close([dx, *(t for p in found_parts for t in p if t is not None)], want_grads)
 
@@ -62,10 +62,10 @@ def test_like_each_linear_by_itself(ranks, chance):
 def test_what_is_not_wanted_is_not_made():
     x, parts, kinds = spread(4, 6), [part(3, 6, 2)], [Kind()]
     g = [spread(4, 3)]
-    dx, slopes = op.inputs_gradient(g, parts, kinds, None, False, "torch")
-    assert dx is None
     for needs in itertools.product((False, True), repeat=3):
         need = Needs(needs[0], False, *needs[1:])
+        dx, slopes = op.inputs_gradient(g, parts, kinds, [need], None, False, "torch")
+        assert dx is None and (slopes[0] is not None) == need.a
         (found,) = op.weights_gradients(g, x, op.inside(x, parts, kinds, None, "torch"), slopes, parts, kinds, [need], None, "torch")
         assert [t is not None for t in found] == list(need)
         assert op.reads_input([need]) == (need.weight or need.a)
