@@ -385,8 +385,11 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         resolved = to_toml(cfg)
         ckpt = Checkpointer(out, cfg.checkpoint, who, resolved, flatten(cfg), rules=DRIFT, layout=mesh.axes, say=log)
         found = ckpt.find()
-        state = {"step": 0, "tokens": 0, "packs_per_step": mesh.data_size * cfg.train.accumulate, "early": {}, "meters": {}, "guard": {}}
-        state |= {"evaluate": False} | (found.state if found else {})  # evaluate: a stop cut an evaluation short at this step
+        state = {"step": 0, "tokens": 0, "packs_per_step": mesh.data_size * cfg.train.accumulate}
+        state |= {"evaluate": False}  # did a stop cut an evaluation short at this step?
+        state |= {"early": {"best": None, "bad": 0}, "guard": {"in_a_row": 0, "total": 0}}
+        state |= {"meters": {"loss": 0.0, "units": 0, "tokens": 0, "seconds": 0.0}}
+        state = launch.together("state", lambda: found.state_like(state)) if found else state
         place = {"tokens": cfg.data.tokens, "max_length": cfg.data.longest, "seed": cfg.train.seed}
         place |= {"rank": mesh.data_rank, "size": mesh.data_size}
         stream = Stream(inputs.documents, shuffle=True, accumulate=accumulation(state["packs_per_step"], mesh), **place)

@@ -67,6 +67,34 @@ class Found:
             raise ModelError("is not one of ours: it must hold a JSON object", path)
         return state
 
+    def state_like(self, fresh: dict[str, Any]) -> dict[str, Any]:
+        """`state` over `fresh`, which has a value of each kind: numbers, None where there may be none, objects of those.
+
+        Raises:
+            ModelError: it is of another kind.
+        """
+        return _over(fresh, self.state, self.path / "state.json")
+
+
+def _over(fresh: dict[str, Any], given: dict[str, Any], path: Path, within: str = "") -> dict[str, Any]:
+    found = dict(fresh)
+    for key, value in given.items():
+        like, name = fresh.get(key, ...), f"{within}{key}"
+        if isinstance(like, dict) and isinstance(value, dict):
+            value = _over(like, value, path, f"{name}.")
+        elif not _alike(like, value):
+            raise ModelError(f"is not one of ours: {name}={json.dumps(value)[:40]}", path)
+        found[key] = value
+    return found
+
+
+def _alike(like: object, value: object) -> bool:
+    if isinstance(like, bool) or isinstance(value, bool):
+        return type(like) is type(value)
+    if isinstance(like, int):
+        return isinstance(value, int) and value >= 0
+    return (isinstance(like, float) or like is None) and (isinstance(value, int | float) or value is like)
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkSto
 
 from parallel.local import run
 from runtime.checkpoint import shards, store
+from runtime.checkpoint.checkpointer import Found
 from runtime.checkpoint.store import Damaged, Store
 from runtime.errors import ConfigError, ModelError
 from tests.runtime.saving import checkpointer, empty, hurt, resumed, run_folder, save
@@ -300,3 +301,38 @@ def test_the_reader_knows_what_honest_metadata_needs_and_no_more(honest):
     assert dtypes == {"torch.float32", "torch.bfloat16", "torch.uint8"}
     never_written = {"torch.distributed.checkpoint.metadata.BytesStorageMetadata"}  # known, to be refused by name
     assert asked - dtypes == shards.ALLOWED - never_written
+
+
+FRESH = {"step": 0, "evaluate": False, "early": {"best": None, "bad": 0}, "meters": {"loss": 0.0, "units": 0}}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"step": "7"}, 'step="7"'),
+        ({"step": True}, "step=true"),
+        ({"step": -1}, "step=-1"),
+        ({"step": 7.5}, "step=7.5"),
+        ({"evaluate": 1}, "evaluate=1"),
+        ({"early": []}, "early=[]"),
+        ({"early": {"best": "low"}}, 'early.best="low"'),
+        ({"early": {"worst": 1.0}}, "early.worst=1.0"),
+        ({"meters": {"loss": None}}, "meters.loss=null"),
+        ({"stop": 0}, "stop=0"),
+    ],
+    ids=str,
+)
+def test_a_state_of_another_kind_is_refused_by_its_key(tmp_path, given, said):
+    found = Found(tmp_path, 7, {})
+    (tmp_path / "state.json").write_text(json.dumps(given), encoding="utf-8")
+    with pytest.raises(ModelError) as caught:
+        found.state_like(FRESH)
+    assert str(caught.value).endswith(f"state.json: is not one of ours: {said}")
+
+
+def test_a_state_is_taken_over_what_is_new(tmp_path):
+    given = {"step": 7, "early": {"best": 1, "bad": 2}, "meters": {"loss": float("nan")}}
+    (tmp_path / "state.json").write_text(json.dumps(given), encoding="utf-8")
+    found = Found(tmp_path, 7, {}).state_like(FRESH)
+    assert found["step"] == 7 and found["evaluate"] is False and found["early"] == {"best": 1, "bad": 2}
+    assert found["meters"]["units"] == 0 and found["meters"]["loss"] != found["meters"]["loss"]
