@@ -166,7 +166,7 @@ class CompileConfig:
         "inductor"
     )
     mode: Annotated[
-        Literal["default", "max-autotune-no-cudagraphs"], "max-autotune tries more kernels: minutes once, some percent faster."
+        Literal["default", "max-autotune-no-cudagraphs"], "max-autotune tries more kernels for products, which takes minutes once."
     ] = "default"
 
     def __post_init__(self):

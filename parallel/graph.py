@@ -7,10 +7,12 @@ It pays where the device waits for the host: small models, short rows. Rows have
 recorded once fits all of them. What differs between micro-batches goes in by tensors that stay where they are: the batch, and the
 number of units, which as a number would be part of the recording. Gradients are summed in tensors that stay, too; who sets `.grad` to
 None between steps, as an optimizer's `zero_grad` does, finds the same tensor there again, zeroed. Random numbers are the ones of
-a run without: a replay takes seed and offset of CUDA's generator as they are then.
+a run without: a replay takes seed and offset of CUDA's generator as they are then. So are losses and gradients, to rounding: to divide by a
+tensor is not quite to divide by a number.
 
-The first micro-batch is computed as always, on a stream of its own: kernels are compiled then and libraries take their workspaces.
-The second is recorded, then replayed. The recording holds its activations for as long as the run lasts.
+The first micro-batches are computed as always, on a stream of their own: kernels are compiled then and libraries take their workspaces.
+The first makes the gradients, the second adds to them, the third is recorded, then replayed. The recording holds its activations for as
+long as the run lasts.
 
 Rows without a target are computed with the others: their number differs, and with it the shape of what is left when they are taken out.
 
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 
 from data.batch import Batch
 from parallel.config import Sections
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, UserError, clean
 
 KEY = "kernels.cuda_graph"
 FIELDS = ("tokens", "labels", "positions", "cu_seqlens")
@@ -36,7 +38,7 @@ Learn = Callable[[Batch, int | Tensor], Tensor]
 Replay = Callable[[], None]
 
 
-class GraphError(RuntimeError):
+class GraphError(UserError):
     """A micro-batch cannot be recorded."""
 
 
@@ -52,8 +54,7 @@ def check(cfg: Sections, axes: dict[str, int]) -> None:
     if ranks > 1:
         raise ConfigError(f"is for one rank, and this run has {ranks}; leave it out", KEY, True)
     if again not in ("none", "mlp", "mlp_8bit"):
-        use = "'none', 'mlp' or 'mlp_8bit'"
-        raise ConfigError(f"cannot record recompute.kind={again!r}, which sets the state of random numbers; use {use}", KEY, True)
+        raise ConfigError(f"does not work with recompute.kind={again!r}; use 'none', 'mlp' or 'mlp_8bit'", KEY, True)
     others = {
         "[compile]": cfg.compile is not None,
         f"tiling.mlp={cfg.tiling.mlp}": cfg.tiling.mlp > 0,
@@ -76,7 +77,7 @@ def check_device(cfg: Sections, device: torch.device) -> None:
 
 def apply(cfg: Sections) -> list[str]:
     """Lines for the start-up report; `micro_step` does it."""
-    return ["cuda graph: forward and backward of a micro-batch, recorded at the second one"] if cfg.kernels.cuda_graph else []
+    return ["cuda graph: forward and backward of a micro-batch, recorded at the third one"] if cfg.kernels.cuda_graph else []
 
 
 def micro_step(learn: Learn, trained: Iterable[nn.Parameter], wanted: bool) -> Learn:
@@ -101,25 +102,31 @@ class Graphed:
         self.learn, self.trained, self.warm_up, self.record = learn, list(trained), warm_up, record
         self.batch: Batch | None = None
         self.gradients: list[tuple[nn.Parameter, Tensor]] = []
+        self.warm = False
         self.replay: Replay | None = None
 
     def __call__(self, batch: Batch, units: int) -> Tensor:
         """As `learn`. The loss is a tensor of its own."""
         if self.batch is None:
             first = {name: getattr(batch, name).clone() for name in FIELDS}
-            self.batch = replace(batch, **first, group={}, targets=None)
+            there = replace(batch, **first, group={}, targets=None)
             self.units = torch.full((), float(units), device=batch.tokens.device)
-            loss = self.warm_up(self._run)
-            self.gradients = [(p, p.grad) for p in self.trained if p.grad is not None]
+            loss = self.warm_up(lambda: self.learn(there, self.units))
+            self.batch, self.gradients = there, [(p, p.grad) for p in self.trained if p.grad is not None]
             return loss
         self._put(batch, units)
         self._bring_back_gradients()
+        if not self.warm:
+            loss, self.warm = self.warm_up(self._run), True
+            return loss
         if self.replay is None:
             try:
                 self.replay, self.loss = self.record(self._run)
+            except torch.OutOfMemoryError:  # it is no reason to leave the graph out
+                raise
             except RuntimeError as error:
-                said = str(error).splitlines()[0]
-                raise GraphError(f"forward and backward cannot be recorded as a CUDA graph; leave out {KEY}: {said}") from error
+                said = clean(str(error).partition("\n")[0])
+                raise GraphError(f"{KEY}=true cannot record forward and backward; leave it out: {said}") from error
         self.replay()
         return self.loss.clone()
 
