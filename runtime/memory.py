@@ -114,9 +114,10 @@ class Ledger(TorchDispatchMode):
     def moments(self) -> dict[str, int]:
         """For each name the time at which most memory was alive, `host` aside."""
         steps = [0] * (self.time + 1)
-        for entry in self.entries:
+        for entry in list(self.entries):
             if entry.kind != "host":
-                for (_, before), (when, after) in zip([(0, 0), *entry.changes], entry.changes):
+                changes = [change for change in entry.changes if change[0] < len(steps)]  # threads of gloo free while this counts
+                for (_, before), (when, after) in zip([(0, 0), *changes], changes):
                     steps[when] += after - before
         levels, found, begin = list(accumulate(steps)), {}, 0
         for name, end in self.marks:

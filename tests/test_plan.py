@@ -62,6 +62,16 @@ def test_a_ledger_follows_storages():
     assert ledger.at(ledger.time) == {"parameters": 1024}
 
 
+def test_what_is_freed_while_moments_are_counted_comes_too_late():
+    """Another thread may let go of a buffer at any time."""
+    with Ledger() as ledger:
+        held = torch.ones(256)
+        ledger.mark("all")
+    entry = ledger.entry(held)
+    entry.changes.append((ledger.time + 1, 0))
+    assert ledger.peak("all") == {"temporary": 1024}
+
+
 def test_host_memory_does_not_make_a_peak():
     with Ledger() as ledger:
         big = torch.empty(1 << 20)

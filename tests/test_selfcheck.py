@@ -89,4 +89,4 @@ def test_the_reference_uses_nothing_of_the_layout():
     words = ["--recompute.kind=full", "--offload.activations=cpu", "--tiling.mlp=16", "--compile.backend=eager"]
     cfg = selfcheck.plain(load(RunConfig, ROOT / "train_configs/debug/context.toml", words))
     assert all(getattr(cfg, name) == value for name, value in vars(Sections(kernels=cfg.kernels)).items())
-    assert set(vars(cfg.kernels).values()) == {"sdpa", "separate", "torch"}
+    assert set(vars(cfg.kernels).values()) == {"sdpa", "separate", "torch", False}
