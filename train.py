@@ -28,7 +28,7 @@ from objective.config import LmConfig, ObjectiveConfig
 from optim.config import AdamWConfig, CosineConfig, OptimConfig, ScheduleConfig
 from parallel.config import CompileConfig, OffloadConfig, ParallelConfig, PrecisionConfig, RecomputeConfig, TilingConfig
 from runtime.config import flatten, parse_args, to_toml
-from runtime.errors import ConfigError, UserError
+from runtime.errors import ConfigError, ModelError, UserError, clean
 from runtime.sections import CheckpointConfig, LogConfig
 
 if TYPE_CHECKING:
@@ -397,7 +397,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         total = cfg.train.steps or stream.steps(cfg.train.epochs or 1)
         early = EarlyStop(cfg.eval.patience if cfg.eval else 0, cfg.eval.min_delta if cfg.eval else 0.0, **state["early"])
         state["evaluate"] &= held_out is not None
-        ended = early.ends or state["step"] >= total
+        ended, saved = early.ends or state["step"] >= total, None
         if ended and exported(out) == result(cfg, state["step"]):
             return log(f"this run has ended at step {state['step']}; its result is in {out / 'export'}")
 
@@ -412,12 +412,14 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         kept |= {f"optim.{name}": t for name, t in state_tensors(opt, trained.items()).items()}
         if found:
             ckpt.load(found, kept)
+            states = ckpt.rng(found)
+            launch.together("random state", lambda: restore_random(states, found.path))
 
         if launch.rank == 0:
             (out / "resolved.toml").write_text(resolved, encoding="utf-8")
             (out / "result.json").unlink(missing_ok=True)  # an export that lies there is of an earlier run
         kept_back = ["held out: " + inputs.held_out.report()] if inputs.held_out else []
-        data = (inputs.documents.report(), *kept_back, stream.report(), stream.preview(inputs.tokenizer))
+        data = (inputs.documents.report(), *kept_back, stream.report(), stream.preview(inputs.tokenizer), ckpt.forecast(kept))
         for line in (mesh.describe(), *report, chosen, *data):
             log(line)
         reporter, meters = Reporter(cfg, log, launch.rank, state, total), Meters(mesh, **state["meters"])
@@ -493,20 +495,41 @@ def run(cfg: RunConfig, launch: Launch) -> None:
             ended = (last or early.ends) and not state["evaluate"]
             ckpt.poll()
             if ckpt.due(step) or ended:
-                save()
+                saved = save()
             if ended or state["evaluate"]:
                 break
 
         # a stop between checkpoints is saved too; only a run that ended has a result
-        saved = save() if state["step"] and not ended else None
-        saved = ckpt.wait() or saved
+        saved = save() if state["step"] and not ended else saved
+        while (landed := ckpt.wait()) is not None:
+            saved = landed
+        unsaved = f"step {state['step']}, whose checkpoint was {saved.problem}" if saved and saved.path is None else ""
         if not ended:
-            if saved is not None and saved.path is None:
-                raise RuntimeError(f"stopped by request after step {state['step']}, but that is not saved: {saved.problem}")
+            if unsaved:
+                raise NotSaved(f"stopped by request after {unsaved}")
             return log(f"stopped by request after step {state['step']}; the same command resumes")
         export(cfg, inputs, net, mesh, stream.take(1)[0], log)
         if launch.rank == 0:
             (out / "result.json").write_text(json.dumps(result(cfg, state["step"])) + "\n", encoding="utf-8")
+        if unsaved:
+            raise NotSaved(f"the result is exported after {unsaved}")
+
+
+def restore_random(states: dict[str, torch.Tensor] | None, path: Path) -> None:
+    """This rank's random state as it was saved; None: the checkpoint has none for this layout. Masks do not depend on it."""
+    import torch
+
+    try:
+        if states is not None:
+            torch.set_rng_state(states["cpu"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(f"holds a random state that is not one of ours: {clean(error)}", path) from None
+
+
+class NotSaved(UserError):
+    """The disk did not take the last checkpoint of a run that went on without it."""
+
+    exit_code = 1
 
 
 def remains(out: Path) -> str:
@@ -565,7 +588,8 @@ def export(cfg: RunConfig, inputs: Inputs, net: Decoder, mesh: Mesh, like: Batch
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0 finished or stopped on request, 2 a user's error, 1 steps that cannot be taken."""
+    """Runs the command line and returns the exit code: 0 finished or stopped on request, 2 a user's error, 1 steps that cannot be taken
+    or a last checkpoint that no disk took."""
     argv = sys.argv[1:] if argv is None else argv
     if {"--help", "-h"} & set(argv):
         parse_args(RunConfig, argv, prog="train.py")  # prints and ends, without importing torch
@@ -573,12 +597,16 @@ def main(argv: list[str] | None = None) -> int:
 
     from parallel.start import Launch
 
-    launch = Launch()
+    launch = None
     try:
+        launch = Launch()
         cfg = launch.together("config", lambda: parse_args(RunConfig, argv, prog="train.py"))
         run(cfg, launch)
         return 0
     except UserError as error:
+        if launch is None:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
         return launch.report(error)
     except KeyboardInterrupt:  # before there is anything to save; later a signal only asks (runtime/stop.py)
         return 130

@@ -56,6 +56,14 @@ def process_state(pid: int) -> str:
     return {"Z": "ended", "X": "ended", "T": "stopped", "t": "stopped"}.get(letter, "runs")
 
 
+def _number(name: str, default: int) -> int:
+    """What a launcher says in the environment."""
+    text = os.environ.get(name, "").strip()
+    if not text.isdecimal() and text:
+        raise ConfigError("in the environment is not a number; start several ranks with torchrun", name, text)
+    return int(text) if text else default
+
+
 class Launch:
     """This process among the ranks. Attributes: rank, world, local_rank, local_world, store.
 
@@ -64,16 +72,16 @@ class Launch:
 
     def __init__(self):
         env = os.environ
-        self.world = int(env.get("WORLD_SIZE", 1))
-        self.rank = int(env.get("RANK", 0))
-        self.local_rank = int(env.get("LOCAL_RANK", 0))
-        self.local_world = int(env.get("LOCAL_WORLD_SIZE", self.world))
+        self.world = _number("WORLD_SIZE", 1)
+        self.rank = _number("RANK", 0)
+        self.local_rank = _number("LOCAL_RANK", 0)
+        self.local_world = _number("LOCAL_WORLD_SIZE", self.world)
         if "MASTER_ADDR" in env and "WORLD_SIZE" in env:
             self.store, _, _ = next(dist.rendezvous("env://", self.rank, self.world))
         elif self.world == 1:
             self.store = dist.HashStore()
         else:
-            raise ConfigError("is set but MASTER_ADDR is not; start several ranks with torchrun", "WORLD_SIZE", self.world)
+            raise ConfigError("is set but MASTER_ADDR is not; start several ranks with torchrun, or unset it", "WORLD_SIZE", self.world)
         self.agent_holds_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self.holds_store = self.rank == 0 and not self.agent_holds_store
         # a restart by the same agent must not read the answers of the attempt before it

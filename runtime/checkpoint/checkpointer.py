@@ -365,6 +365,12 @@ class Checkpointer:
             problem = f"saved, but tidying up failed: {e}"
         return Outcome(step, path, problem, nbytes, time.monotonic() - begun)
 
+    def forecast(self, tensors: Mapping[str, Tensor]) -> str:
+        """For the start-up report: is there room for a checkpoint of `tensors`? A collective."""
+        need, free = self.team.total(shards.Snapshot(tensors).nbytes), self.store.free_bytes()
+        short = "" if free >= need + _SLACK else ": none can be saved until there is room"
+        return f"checkpoints: {size_text(need)} each, {size_text(free)} are free in {self.store.folder}{short}"
+
     def _begin(self, step: int, nbytes: int) -> Path:
         self.store.claim()
         if self.store.free_bytes() < nbytes + _SLACK:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import train
 from runtime.errors import ConfigError, DataError, ModelError
 from tests import launch
 from tests.tiny import LLAMA, write_chats, write_config, write_model
@@ -126,3 +127,20 @@ def test_a_message_is_one_line_whatever_it_quotes():
         text = str(error)
         assert not set(text) & set("\n\r") and len(text) < 2100
     assert text.endswith("x!") and text.startswith("xxx") and " ... " in text
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"WORLD_SIZE": "2"}, "error: WORLD_SIZE=2 is set but MASTER_ADDR is not; start several ranks with torchrun, or unset it\n"),
+        ({"RANK": "first"}, "error: RANK='first' in the environment is not a number; start several ranks with torchrun\n"),
+    ],
+    ids=str,
+)
+def test_half_of_a_launchers_environment(good, monkeypatch, capsys, environment, says):
+    for name in ("MASTER_ADDR", "WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert train.main(["--config", str(good / "c.toml")]) == 2
+    assert capsys.readouterr().err == says

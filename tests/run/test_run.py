@@ -12,10 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import train
 from objective import evaluate
+from runtime.checkpoint.store import Store
 from runtime.config import load, to_toml
+from runtime.errors import ModelError
 from runtime.metrics import read
 from tests import launch
 from tests.tiny import write_chats, write_config, write_model
@@ -282,3 +285,31 @@ def test_other_accumulation_on_resume_is_refused(make):
     ranks = launch.run([*argv, "--train.steps=4", "--train.accumulate=4"], 1, out / "out")
     assert ranks.wait() == [2]
     assert "train.accumulate" in ranks.output()
+
+
+def test_a_checkpoint_that_no_disk_took_is_said_before_and_at_the_end(make, monkeypatch):
+    argv, out = make("[train]\nsteps = 3\n[checkpoint]\nevery = 1\n")
+    monkeypatch.setattr(Store, "free_bytes", lambda self: 1000)
+    ranks = launch.run(argv, 2, out / "out")
+    assert ranks.wait() == [1, 1], ranks.output()
+    said = ranks.output()
+    assert "1000 B are free in" in said and ": none can be saved until there is room" in said
+    errors = [line for line in said.splitlines() if "error:" in line]
+    assert len(errors) == 1 and "error: the result is exported after step 3, whose checkpoint was not saved, the disk" in errors[0]
+    assert weights(out) and "Traceback" not in said
+    monkeypatch.undo()
+    assert "none can be saved" not in ok(argv, 2, out)  # from the beginning, as nothing was saved
+    assert (out / "checkpoints" / "step_3").is_dir()
+
+
+def test_random_states_come_back_with_a_checkpoint(make, monkeypatch):
+    argv, out = make("[train]\nsteps = 2\n")
+    ok(argv, 1, out)
+    saved = load_file(out / "checkpoints" / "step_2" / "rng_0.safetensors")["cpu"]
+    shutil.rmtree(out / "export")
+    monkeypatch.setattr(train, "restore_random", lambda states, path: (out / "seen").write_bytes(states["cpu"].numpy().tobytes()))
+    ok(argv, 1, out)
+    assert (out / "seen").read_bytes() == saved.numpy().tobytes() and len(saved) > 1000
+    monkeypatch.undo()
+    with pytest.raises(ModelError, match="holds a random state that is not one of ours"):
+        train.restore_random({"cpu": saved[:10]}, out)
