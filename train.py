@@ -399,6 +399,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         state["evaluate"] &= held_out is not None
         ended, saved = early.ends or state["step"] >= total, None
         if ended and exported(out) == result(cfg, state["step"]):
+            launch.together("export", lambda: whole(out / "export"))
             return log(f"this run has ended at step {state['step']}; its result is in {out / 'export'}")
 
         # the model, its optimizer, and what of them is saved
@@ -561,6 +562,16 @@ def exported(out: Path) -> dict[str, object] | None:
         return json.loads((out / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def whole(folder: Path) -> None:
+    """Raises:
+    ModelError: an export is not what was written there.
+    """
+    from model.tensor_folder import damage
+
+    if problem := damage(folder):
+        raise ModelError(f"is not what this run wrote: {problem}; move it away, and the same command writes it again", folder)
 
 
 def export(cfg: RunConfig, inputs: Inputs, net: Decoder, mesh: Mesh, like: Batch, log: Log) -> None:

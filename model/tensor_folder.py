@@ -32,7 +32,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from runtime.errors import ModelError, UserError, shown
+from runtime.errors import ModelError, UserError, clean, shown
 
 DTYPES = {
     "F64": torch.float64,
@@ -324,6 +324,21 @@ def _ours(out: Path) -> bool:
         return record["format"] == FORMAT and {p.name for p in out.iterdir()} <= {CHECKSUMS, *record["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def damage(out: Path) -> str:
+    """What is not as it was exported, the first of it; "" if all that the checksums name is there and whole."""
+    try:
+        for name, record in json.loads((out / CHECKSUMS).read_text(encoding="utf-8"))["files"].items():
+            size, crc = 0, 0
+            with open(out / name, "rb") as file:
+                while block := file.read(1 << 24):
+                    size, crc = size + len(block), zlib.crc32(block, crc)
+            if {"bytes": size, "crc32": f"{crc:08x}"} != record:
+                return f"{name} has {size} bytes and crc32 {crc:08x}, {CHECKSUMS} says {record}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return clean(error)
+    return ""
 
 
 def _sync(folder: Path) -> None:

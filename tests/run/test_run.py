@@ -313,3 +313,18 @@ def test_random_states_come_back_with_a_checkpoint(make, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ModelError, match="holds a random state that is not one of ours"):
         train.restore_random({"cpu": saved[:10]}, out)
+
+
+def test_a_damaged_result_is_not_reported_as_one(make):
+    argv, out = make("[train]\nsteps = 2\n")
+    ok(argv, 2, out)
+    file, whole = next((out / "export").glob("*.safetensors")), weights(out)
+    for content in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), None):
+        file.unlink() if content is None else file.write_bytes(content)
+        ranks = launch.run(argv, 2, out / "out")
+        assert ranks.wait() == [2, 2], ranks.output()
+        errors = [line for line in ranks.output().splitlines() if "error:" in line]
+        assert len(errors) == 1 and "is not what this run wrote" in errors[0] and "model.safetensors" in errors[0]
+    shutil.move(out / "export", out / "broken")
+    ok(argv, 2, out)
+    assert weights(out) == whole
