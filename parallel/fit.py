@@ -120,8 +120,11 @@ def room(net: nn.Module, mesh: Mesh, one_block: float, compute: torch.dtype) -> 
     numbers = sum(p.numel() for p in net.parameters()) / tensor
     resident = sum(p.numel() * (p.element_size() + (4 + 8 if p.requires_grad else 0)) for p in net.parameters()) / tensor / shared
     gathered = numbers * compute.itemsize if shared > 1 else 0
+    head = (net.lm_head or net.model.embed_tokens).weight
+    gathered += head.numel() * 4 / tensor if head.requires_grad else 0  # its gradient of one micro-batch, whole
     free, _ = torch.cuda.mem_get_info(mesh.device)
-    left = torch.tensor(0.9 * free - resident - gathered - 2 * one_block - 2 * (net.logits_bytes or GIB), device=mesh.device)
+    left = 0.9 * free - resident - gathered - 2 * one_block - 2 * (net.logits_bytes or GIB)
+    left = torch.tensor(left, dtype=torch.float64, device=mesh.device)
     if dist.is_initialized():  # ranks that chose differently would exchange different things
         dist.all_reduce(left, dist.ReduceOp.MIN)
     return int(left)

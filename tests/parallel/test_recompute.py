@@ -182,6 +182,16 @@ def test_memory_is_taken_from_the_cheapest_place_first():
         fit.choose(1, 4, {"all": 10, "mlp": 4}, 3)
 
 
+def test_room_is_what_is_free_without_what_lives_beside(folder, monkeypatch):
+    free, gib = 100 << 30, 1 << 30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    full, lora = (model(folder, None, adapted, "none") for adapted in (False, True))
+    numbers, head = sum(p.numel() for p in full.parameters()), full.lm_head.weight.numel()
+    assert fit.room(full, ALONE, 1000.0, torch.float32) == int(0.9 * free - 16 * numbers - 4 * head - 2000 - 2 * gib)
+    adapters = sum(p.numel() for p in lora.parameters() if p.requires_grad)
+    assert fit.room(lora, ALONE, 1000.0, torch.float32) == int(0.9 * free - 4 * numbers - 16 * adapters - 2000 - 2 * gib)
+
+
 def test_ways_are_taken_from_the_most_kept_to_the_least(folder):
     arch = Arch.from_folder(folder)
     found = fit.table(arch, ("offload", "full", "mlp_8bit"), torch.bfloat16, 2, 8)
