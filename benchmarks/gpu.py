@@ -1,6 +1,6 @@
 """Training steps on one GPU, ours and others', in one command of under nine minutes.
 
-    python -m benchmarks.gpu [--only NAME ...] [--deadline 540] [--out FILE.json]
+    python -m benchmarks.gpu [--only NAME ...] [--deadline 525] [--out FILE.json]
     python -m benchmarks.gpu --tiny --device cpu            # every cell at toy sizes: shows that the code runs
     python -m benchmarks.gpu --table FILE.json              # the table of a run again, and a plot beside the file
 
@@ -148,20 +148,28 @@ def link_rates(device: torch.device, job: Job) -> dict:
 Make = Callable[[Work, int, bool], Side]  # (what on, rows of a micro-batch, recompute every block in the backward?)
 
 
-def training(job: Job, work: Work, make: Callable[[torch.device], Make]) -> dict:
+def gated(job: Job, work: Work, build: Make, device: torch.device) -> dict[str, float]:
+    """`sides.gate` of what `build` makes, on short rows of the same shape and kind of documents.
+
+    Raises:
+        AssertionError: it computes something else, and is not to be timed.
+    """
+    small = Work(work.shape, 24 if job.tiny else 384, 2, work.mean and (8 if job.tiny else 96), work.lora)
+    errors = sides.gate(lambda two_layers: build(two_layers, two_layers.rows, False), small)
+    free(device)
+    return errors
+
+
+def training(job: Job, work: Work, make: Callable[[torch.device], Make], recomputes: bool = True) -> dict:
     """The gate, then steps. All rows of a step go in one micro-batch if that fits without recomputing; else both are measured that
-    the memory allows, all rows with recomputation and as many rows as fit without, and the faster one counts."""
+    the memory allows, all rows with recomputation and as many rows as fit without, and the faster one counts. recomputes: can it?"""
     if job.tiny:
         work = sides.Work(SHAPES["tiny"], 32, work.rows, min(work.mean, 8), work.lora)
     with one_rank(job.device) as device:
         build = make(device)
-        errors = sides.gate(
-            lambda small: build(small, small.rows, False),
-            Work(work.shape, 24 if job.tiny else 384, 2, work.mean and (8 if job.tiny else 96), work.lora),
-        )
-        free(device)
+        errors = gated(job, work, build, device)
         tried, best = [], None
-        for recompute in (False, True):
+        for recompute in (False, True) if recomputes else (False,):
             if recompute and (best is not None and (best["micro_rows"] == work.rows or job.late())):
                 break
             found = attempt(job, work, lambda rows, again=recompute: build(work, rows, again), recompute, device, tried)
@@ -173,12 +181,16 @@ def training(job: Job, work: Work, make: Callable[[torch.device], Make]) -> dict
 
 
 def attempt(job: Job, work: Work, build: Callable[[int], Side], recompute: bool, device: torch.device, tried: list[dict]) -> dict | None:
-    """Steps with the largest micro-batch that fits; None if not even one row does. What was tried is added to `tried`."""
+    """Steps with the largest micro-batch that fits; None if not even one row does. What was tried is added to `tried`.
+
+    It fits if so many steps do that a graph has been recorded, even of one micro-batch a step.
+    """
     side, micro = None, work.rows
     while side is None:
         try:
             side = build(micro)
-            side.step()
+            for _ in range(sides.RECORDED):
+                side.step()
         except torch.OutOfMemoryError:
             side = None
         if side is None:  # after the except clause, whose traceback holds the tensors
@@ -209,7 +221,6 @@ def measured(job: Job, work: Work, side: Side, micro: int, device: torch.device)
         "model_flops_per_s": rate["median"] * per_token,
         "loss": side.step(),
         "memory": peak(side.step, device),
-        "mb_per_token": slope(side, work, micro, device),
         "under_load": measure.smi(side.step) if device.type == "cuda" else None,
         "report": side.words,
     }
@@ -220,6 +231,7 @@ def measured(job: Job, work: Work, side: Side, micro: int, device: torch.device)
     except RuntimeError as error:  # the profiler needs rights that not every machine gives
         found["breakdown"] = {}
         found["breakdown_unavailable"] = str(error).splitlines()[0]
+    found["mb_per_token"] = slope(side, work, micro, device)  # at the end: with other micro-batches a recorded graph is gone
     return found
 
 
@@ -258,15 +270,17 @@ def theirs(adapters: str = "fp32", liger: bool = False, kernels: str = "") -> Ca
 
 
 def post(job: Job, shape: str) -> dict:
-    """Forward and backward apart, and memory above what was there before them, of one row: ours beside peft in either adapter dtype."""
-    found = {}
+    """Forward and backward apart, and memory above what was there before them, of one row: ours beside peft in either adapter dtype.
+    The gate comes first, for all of them."""
     with one_rank(job.device) as device:
-        makers = {"ours": ours(), "peft_fp32": theirs(), "peft_bf16": theirs("bf16")}
-        for row in (16, 32) if job.tiny else (2048, 8192):
-            work = Work(SHAPES["tiny" if job.tiny else shape], row, 1)
-            for name, make in makers.items():
+        makers = {name: make(device) for name, make in (("ours", ours()), ("peft_fp32", theirs()), ("peft_bf16", theirs("bf16")))}
+        works = [Work(SHAPES["tiny" if job.tiny else shape], row, 1) for row in ((16, 32) if job.tiny else (2048, 8192))]
+        found = {"gate": {name: gated(job, works[0], build, device) for name, build in makers.items()}}
+        for work in works:
+            row = work.row
+            for name, build in makers.items():
                 try:
-                    found[f"{name}_{row}"] = halves(make(device)(work, 1, False), device, 3 if job.tiny else POST_TRIALS)
+                    found[f"{name}_{row}"] = halves(build(work, 1, False), device, 3 if job.tiny else POST_TRIALS)
                 except torch.OutOfMemoryError:
                     found[f"{name}_{row}"] = {"unavailable": "out of memory"}
                 free(device)
@@ -292,11 +306,11 @@ def halves(side: Side, device: torch.device, trials: int) -> dict:
         begin = mark(device)
         loss = side.loss(0)
         middle = mark(device)
-        loss.backward()
+        side.back(loss)
         marks.append((begin, middle, mark(device)))
         side.clear()
         if i < 3 and device.type == "cuda":  # once more, and looked at in between; warm-up
-            for half, work in (("forward", lambda: side.loss(0)), ("backward", lambda: side.loss(0).backward())):
+            for half, work in (("forward", lambda: side.loss(0)), ("backward", lambda: side.back(side.loss(0)))):
                 settle(device)
                 torch.cuda.reset_peak_memory_stats(device)
                 work()
@@ -338,8 +352,10 @@ def cold_start(job: Job) -> dict:
 # -- cells -------------------------------------------------------------------------------------------------------------------
 
 
-def lora(row: int, rows: int, make: Callable[[], Callable], mean: int = 0, shape: str = "8b") -> Callable[[Job], dict]:
-    return lambda job: training(job, Work(SHAPES[shape], row, rows, mean), make())
+def lora(
+    row: int, rows: int, make: Callable[[], Callable], mean: int = 0, shape: str = "8b", recomputes: bool = True
+) -> Callable[[Job], dict]:
+    return lambda job: training(job, Work(SHAPES[shape], row, rows, mean), make(), recomputes)
 
 
 CELLS = {  # in order of priority
@@ -354,14 +370,14 @@ CELLS = {  # in order of priority
     "axolotl_2048": Cell(45, lora(2048, 8, partial(theirs, "bf16", kernels="axolotl.kernels.lora"))),
     "cold_start": Cell(30, cold_start, fresh=True),
     "ours_8192_documents": Cell(25, lora(8192, 2, ours, mean=600)),
-    "post_8b": Cell(50, lambda job: post(job, "8b")),
+    "post_8b": Cell(60, lambda job: post(job, "8b")),
     "ours_3b_full": Cell(30, lambda job: training(job, Work(SHAPES["3b"], 4096, 2, lora=False), ours())),
-    "post_1.7b": Cell(30, lambda job: post(job, "1.7b")),
-    "post_135m": Cell(25, lambda job: post(job, "135m")),
+    "post_1.7b": Cell(40, lambda job: post(job, "1.7b")),
+    "post_135m": Cell(30, lambda job: post(job, "135m")),
     "hf_2048_liger": Cell(40, lora(2048, 8, partial(theirs, liger=True))),
     "hf_4096_bf16": Cell(45, lora(4096, 4, partial(theirs, "bf16"))),
     "ours_135m": Cell(20, lora(2048, 4, ours, shape="135m")),
-    "ours_135m_graph": Cell(20, lora(2048, 4, lambda: graphed, shape="135m")),
+    "ours_135m_graph": Cell(20, lora(2048, 4, lambda: graphed, shape="135m", recomputes=False)),
     "ours_2048_again": Cell(25, lora(2048, 8, ours), last=True),
 }
 

@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 
 L2_BYTES = 60 << 20  # of an H100 or H200 (50 MB), with room
+CYCLES = 2e9  # of `torch.cuda._sleep` in a second, at the highest clock of an H100 or H200; at a lower one it sleeps for longer
+SLEEP = 0.25e-3, 20e-3  # seconds: the shortest sleep, and the longest, for work that waits for the device itself
 
 
 class Pace(NamedTuple):
@@ -70,23 +72,35 @@ def step_seconds(step: Callable[[], object], device: torch.device, pace: Pace) -
 
 
 def kernel_seconds(prepare: Callable[[int], object], work: Callable[[object], object], device: torch.device, pace: Pace) -> dict:
-    """`work(prepare(i))`, of which only work is timed. Before each the device is kept busy while the host queues it: the time is the
-    kernels' own, without launches. `prepare` should hand out inputs in turns that are larger than L2 together."""
+    """`work(prepare(i))`, of which only work is timed. `prepare` should hand out inputs in turns that are larger than L2 together.
+
+    Before each the device sleeps while the host queues the work: the time is the kernels' own, without launches. It sleeps for at least
+    twice as long as the host took in the last of the warm-up. `late` counts those that the host took longer for than the device slept,
+    so that launches may be in the time: all of them, where the work itself waits for the device.
+    """
+    host = 0.0
     for i in range(pace.warm_up):
-        work(prepare(i))
+        given = prepare(i)
+        settle(device)
+        begun = time.perf_counter()
+        work(given)
+        host = time.perf_counter() - begun
     settle(device)
-    pairs, begun = [], time.perf_counter()
+    sleep = min(max(SLEEP[0], 2 * host), SLEEP[1])
+    pairs, late, begun = [], 0, time.perf_counter()
     while len(pairs) < pace.least or time.perf_counter() - begun < pace.seconds:
         given = prepare(len(pairs))
         if device.type == "cuda":
-            torch.cuda._sleep(500_000)  # cycles, a quarter of a millisecond
+            torch.cuda._sleep(int(CYCLES * sleep))
+        asleep = time.perf_counter()
         begin = mark(device)
         work(given)
         pairs.append((begin, mark(device)))
+        late += device.type == "cuda" and time.perf_counter() - asleep > sleep
         if len(pairs) % 16 == 0:
             settle(device)  # or the host would queue far more than fits the time
     settle(device)
-    return spread([between(a, b) for a, b in pairs])
+    return spread([between(a, b) for a, b in pairs]) | {"late": late}
 
 
 def spread(values: list[float]) -> dict:

@@ -1,22 +1,25 @@
 """Single operations on one GPU: every implementation we have, torch.compile of the plain one, others' kernels, and the floor.
 
-    python -m benchmarks.micro [--only NAME ...] [--deadline 540] [--out FILE.json]
+    python -m benchmarks.micro [--only NAME ...] [--deadline 525] [--out FILE.json]
     python -m benchmarks.micro --tiny --device cpu          # toy sizes: shows that the code runs
 
-A cell is an operation at the sizes of an 8B llama, with T tokens. Times are the kernels' own, without launches (benchmarks/measure.py);
-inputs rotate over sets that L2 does not hold. `of_floor` is the time in units of the least there is: bytes that must move at the
-rate of a copy measured here, or operations at the rate of plain products measured here. An operation is an entry in OPS; modules of
-kernels/ with a table of implementations and no entry are named in the results.
+A cell is an operation at the sizes of an 8B llama, with T tokens. Times are the kernels' own, without launches: before each the device
+sleeps for twice as long as the host takes to queue it, measured for each way and size, and what was queued too late nevertheless is
+counted (benchmarks/measure.py) and marked in the table. Inputs rotate over sets that L2 does not hold. `of_floor` is the time in units of
+the least there is: bytes that must move at the rate of a copy measured here, or operations at the rate of plain products measured here.
+An operation is an entry in OPS; a test sees to it that each module of kernels/ with a table of implementations has one.
 
-`lora` compares ways to compute a group of linears with low-rank adapters. They are written out here, forward and backward, since they are
-candidates and no part of the product; a test holds each of them to autograd in fp64.
+`lora` compares ways to compute a group of linears with low-rank adapters: the product's own (`Ours`, from kernels/lora.py), and candidates,
+which are written out here, forward and backward, since they are no part of the product. A test holds each of them to autograd in fp64.
+
+`optimizer` updates adapters of all linears of the model, with their moments, in fp32: ours in one launch, torch's fused and foreach AdamW.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from operator import methodcaller
@@ -28,10 +31,11 @@ from torch import Tensor
 from benchmarks import runner
 from benchmarks.cpu import ROOT
 from benchmarks.gpu import copy_rate, gemm_rate, sides_device
-from benchmarks.measure import free, kernel_seconds, rotating, turns
+from benchmarks.measure import free, kernel_seconds, rotating, spread, step_seconds, turns
 from benchmarks.runner import Cell, Job, Unavailable
 from benchmarks.sides import RANK, SHAPES, Shape, probe
 from kernels import launch
+from kernels import lora as adapters
 from kernels.glu import glu, glu_ref
 from kernels.linear_logprob import linear_logprob, linear_logprob_ref
 from kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_ref
@@ -39,8 +43,12 @@ from kernels.rope import rope, rope_ref
 from model.arch import Kind
 from model.attention import AttnContext, Borders
 from model.backends import BACKENDS
+from optim.adamw import build
+from optim.config import OptimConfig
+from runtime.errors import ConfigError
 
-EPS, DOCUMENT = 1e-5, 4096
+EPS, DOCUMENT, DROPPED = 1e-5, 4096, 0.1
+SIZES = (2048, 8192, 16384, 65536)  # T
 Way = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
@@ -55,8 +63,9 @@ class Floor(NamedTuple):
 
 class Op(NamedTuple):
     """module: in kernels/, whose IMPLS are the ways of `ours`; make: inputs for (shape, T, factory of random tensors), those that need
-    a gradient first; needs: how many do; ours, plain: on the inputs, `ours(..., impl=name)` where there are IMPLS; others: by name,
-    (module to import, what calls it with the module and the inputs); floor: for (shape, T)."""
+    a gradient first; needs: how many do, 0: only the forward is timed; ours, plain: on the inputs, `ours(..., impl=name)` where there are
+    IMPLS; others: by name, (module to import, what calls it with the module and the inputs); floor: for (shape, T); more: ways by name;
+    also: like `ours`, by what is added to its name."""
 
     module: str
     make: Callable[[Shape, int, Callable[..., Tensor]], tuple[Tensor, ...]]
@@ -66,6 +75,7 @@ class Op(NamedTuple):
     others: dict[str, tuple[str, Callable]]
     floor: Callable[[Shape, int], Floor]
     more: Callable[[Shape, int, torch.device], dict[str, Way]] = lambda shape, tokens, device: {}
+    also: dict[str, Way] = {}
 
 
 def labels(shape: Shape, tokens: int, random: Callable[..., Tensor]) -> Tensor:
@@ -104,6 +114,25 @@ def liger_norm(ops: object, x: Tensor, weight: Tensor) -> Tensor:
 def liger_loss(ops: object, h: Tensor, weight: Tensor, label: Tensor) -> Tensor:
     found = ops.LigerFusedLinearCrossEntropyFunction.apply(h, weight, label)
     return found[0] if isinstance(found, tuple) else found
+
+
+def loss(h: Tensor, w: Tensor, label: Tensor, **how) -> Tensor:
+    return -linear_logprob(h, w, label, **how).sum()
+
+
+def loss_ref(h: Tensor, w: Tensor, label: Tensor) -> Tensor:
+    return -linear_logprob_ref(h, w, label).sum()
+
+
+LOSSES = {
+    "liger": ("liger_kernel.ops.fused_linear_cross_entropy", liger_loss),
+    # its filter would skip nearly all of the backward of random weights
+    "cce": ("cut_cross_entropy", lambda ops, h, w, label: ops.linear_cross_entropy(h, w, label, filter_eps=None)),
+}
+
+
+def head(shape: Shape, tokens: int, random: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+    return random(tokens, shape.hidden), 0.02 * random(shape.vocab, shape.hidden), labels(shape, tokens, random)
 
 
 OPS = {
@@ -148,18 +177,34 @@ OPS = {
         {"liger": ("liger_kernel.ops.swiglu", lambda ops, gate, up: ops.LigerSiLUMulFunction.apply(gate, up))},
         lambda s, t: Floor(3 * s.intermediate, 5 * s.intermediate),
     ),
+    "dropout": Op(
+        "lora",
+        lambda s, t, random: (random(t, s.hidden), torch.randint(2**62, (), device=random(1).device)),
+        0,  # the backward is the same on gradients
+        lambda x, seed, impl="torch": adapters.dropout(x, seed, DROPPED, impl=impl),
+        lambda x, seed: adapters.dropout(x, seed, DROPPED),
+        {"torch's": ("torch.nn.functional", lambda ops, x, seed: ops.dropout(x, DROPPED))},  # another mask
+        lambda s, t: Floor(2 * s.hidden),
+    ),
     "linear_logprob": Op(
         "linear_logprob",
-        lambda s, t, random: (random(t, s.hidden), 0.02 * random(s.vocab, s.hidden), labels(s, t, random)),
+        head,
         1,
-        lambda h, w, label, **impl: -linear_logprob(h, w, label, **impl).sum(),
-        lambda h, w, label: -linear_logprob_ref(h, w, label).sum(),
-        {
-            "liger": ("liger_kernel.ops.fused_linear_cross_entropy", liger_loss),
-            # its filter would skip nearly all of the backward of random weights
-            "cce": ("cut_cross_entropy", lambda ops, h, w, label: ops.linear_cross_entropy(h, w, label, filter_eps=None)),
-        },
+        loss,
+        loss_ref,
+        LOSSES,
         lambda s, t: Floor(forward_flops=4 * s.hidden * s.vocab, backward=2 * s.hidden),
+    ),
+    "linear_logprob_trained": Op(
+        "linear_logprob",
+        head,
+        2,
+        loss,
+        loss_ref,
+        LOSSES,
+        # where `summed` makes the head's gradient in the forward, `both` is what can be compared
+        lambda s, t: Floor(forward_flops=4 * s.hidden * s.vocab, backward_flops=2 * s.hidden * s.vocab),
+        also={", summed": partial(loss, summed=True)},
     ),
     "attention": Op(
         "attention",
@@ -189,7 +234,7 @@ def ways(op: Op, shape: Shape, tokens: int, device: torch.device, dtype: torch.d
     for name in impls or () if op.ours is not None else ():
         why = launch.unsupported(device, dtype) if name == "triton" else None
         if why is None:
-            found[f"ours {name}"] = partial(op.ours, impl=name)
+            found |= {f"ours {name}{more}": partial(call, impl=name) for more, call in {"": op.ours, **op.also}.items()}
         else:
             missing.append(f"ours {name}: {why}")
     if op.plain is not None:
@@ -212,7 +257,7 @@ def measured(name: str, job: Job) -> dict:
     side = 64 if job.tiny else 8192
     products = gemm_rate(side, side, side, dtype, device, job)["flops_per_s"]
     rows, missing = [], []
-    for tokens in (32,) if job.tiny else (2048, 8192, 16384, 65536):
+    for tokens in (32,) if job.tiny else SIZES:
         free(device)
         found, missing = ways(op, shape, tokens, device, dtype)
         floor = op.floor(shape, tokens)
@@ -229,7 +274,7 @@ def measured(name: str, job: Job) -> dict:
             made = op.make(shape, tokens, random)
             return tuple(x.requires_grad_(i < op.needs) for i, x in enumerate(made))
 
-        sets = turns(inputs, sum(x.numel() * x.itemsize for x in inputs(0)[: op.needs]), device)
+        sets = turns(inputs, sum(x.numel() * x.itemsize for x in inputs(0)[: max(1, op.needs)]), device)
         for way, call in found.items():
             if job.late():
                 rows.append({"way": way, "half": "forward", "tokens": tokens, "unavailable": "no time left"})
@@ -246,13 +291,15 @@ def measured(name: str, job: Job) -> dict:
                 of_floor = seconds["median"] / least[half] if least[half] else None
                 rows.append({"way": way, "half": half, "tokens": tokens, "seconds": seconds, "of_floor": of_floor})
         del sets
-    missing += [f"kernels/{module}.py has no entry in OPS" for module in sorted(tabled() - {op.module for op in OPS.values()})]
     return {"copy_bytes_per_s": copies, "gemm_flops_per_s": products, "rows": rows, "missing": missing}
 
 
 def apart(call: Way, sets: list[tuple[Tensor, ...]], needs: int, device: torch.device, job: Job) -> dict[str, dict]:
     """Seconds of the forward and the backward of `call`. What it saves for the backward counts for the forward. `both` is their sum,
     which is what can be compared where gradients are made in the forward."""
+    forward = kernel_seconds(rotating(sets), lambda given: call(*given), device, job.kernels)
+    if not needs:
+        return {"forward": forward}
     upstream = [torch.randn_like(y) for y in together(call(*sets[0]))]
 
     def graph(i: int) -> tuple:
@@ -262,9 +309,8 @@ def apart(call: Way, sets: list[tuple[Tensor, ...]], needs: int, device: torch.d
     def back(given: tuple) -> None:
         torch.autograd.grad(given[0], given[1], upstream)
 
-    forward = kernel_seconds(rotating(sets), lambda given: call(*given), device, job.kernels)
     backward = kernel_seconds(graph, back, device, job.kernels)
-    return {"forward": forward, "backward": backward, "both": {key: forward[key] + backward[key] for key in ("median", "min", "max")}}
+    return {"forward": forward, "backward": backward, "both": {key: forward[key] + backward[key] for key in forward}}
 
 
 def together(y: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -288,7 +334,7 @@ class Group(NamedTuple):
         return [slice(begin, end) for begin, end in pairwise(accumulate((b.shape[0] for b in self.b), initial=0))]
 
 
-Gradients = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # dx [T, K], da [G, r, K], db
+Gradients = tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]  # dx [T, K], da [G, r, K], db
 
 
 class Base:
@@ -299,11 +345,33 @@ class Base:
     def __init__(self, group: Group, x: Tensor, dy: Tensor):
         self.group, self.x, self.dy = group, x, dy
 
-    def forward(self) -> Tensor:
+    def forward(self) -> Tensor | list[Tensor]:
         return self.x @ self.group.w.T
 
     def backward(self) -> Tensor | Gradients:
         return self.dy @ self.group.w
+
+
+class Ours(Base):
+    """kernels/lora.py, as regions of a block call it: an output and a gradient for each linear, adapters in at least fp32."""
+
+    def __init__(self, group: Group, x: Tensor, dy: Tensor):
+        super().__init__(group, x, dy)
+        wide = launch.wide_dtype(x.dtype)
+        tensors = zip(group.spans(), group.a, group.b)
+        self.linears = [adapters.Part(group.w[span], None, a.to(wide), b.to(wide)) for span, a, b in tensors]
+        self.kinds = [adapters.Kind(group.s)] * len(group.b)
+        self.grads = [dy[:, span].contiguous() for span in group.spans()]
+
+    def forward(self) -> list[Tensor]:
+        y, self.low = adapters.linears(self.x, self.linears, self.kinds, None, "torch")
+        return y
+
+    def backward(self) -> Gradients:
+        needs = [adapters.Needs(False, False, True, True)] * len(self.kinds)
+        dx, slopes = adapters.inputs_gradient(self.grads, self.linears, self.kinds, needs, None, True, "torch")
+        found = adapters.weights_gradients(self.grads, self.x, self.low, slopes, self.linears, self.kinds, needs, None, "torch")
+        return dx, [part.a for part in found], [part.b for part in found]
 
 
 class Split(Base):
@@ -407,7 +475,14 @@ class Merged(Base):
         return dx, da, tuple((dy.T @ (self.x @ a.T)).mul_(g.s) for dy, a in zip(parts, g.a))
 
 
-CANDIDATES = {"plain gemm": Base, "split": Split, "augmented": Augmented, "augmented, copying": AugmentedCopying, "merged": Merged}
+CANDIDATES = {
+    "plain gemm": Base,
+    "ours": Ours,
+    "split": Split,
+    "augmented": Augmented,
+    "augmented, copying": AugmentedCopying,
+    "merged": Merged,
+}
 
 
 def groups(shape: Shape) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -460,8 +535,64 @@ def timed(candidate: type[Base], inputs: Callable[[], tuple], size: int, device:
     return {part: kernel_seconds(rotating(sets), methodcaller(part), device, job.kernels) for part in candidate.parts}
 
 
-CELLS = {name: Cell(60, partial(measured, name)) for name in OPS}
+# -- the optimizer -----------------------------------------------------------------------------------------------------------
+
+
+def optimizers(tensors: list[Tensor]) -> tuple[dict[str, Callable[[], torch.optim.Optimizer]], list[str]]:
+    """What makes each optimizer over these parameters, and why ours is missing."""
+    named = [(str(i), p) for i, p in enumerate(tensors)]
+    found, missing = {"torch fused": {"fused": True}, "torch foreach": {"foreach": True}}, []
+    found = {name: partial(torch.optim.AdamW, tensors, lr=1e-4, weight_decay=0.0, **how) for name, how in found.items()}
+    try:
+        build(named, OptimConfig(lr=1e-4, impl="triton"))
+    except ConfigError as error:
+        missing.append(f"ours triton: {error}")
+        return found, missing
+    return {"ours triton": partial(build, named, OptimConfig(lr=1e-4, impl="triton"))} | found, missing
+
+
+def scaled(opt: torch.optim.Optimizer, grads: list[Tensor], factor: Tensor) -> None:
+    """A step with gradients times `factor`, [] fp32: ours scales as it reads them, for torch's they are scaled before."""
+    if "grad_scale" in opt.defaults:
+        for group in opt.param_groups:
+            group["grad_scale"] = factor
+    else:
+        torch._foreach_mul_(grads, factor)
+    opt.step()
+
+
+def optimizer(job: Job) -> dict:
+    """Steps alone and with clipping's factor, without launches and with them: small tensors by the hundred are done before the host has
+    launched for the next ones. The floor is 28 bytes a parameter: four fp32 numbers read, three written."""
+    device, shape = sides_device(job), SHAPES["tiny" if job.tiny else "8b"]
+    linears = [(k, n) for k, outs in groups(shape).values() for n in outs]
+    sizes = [size for k, n in linears for size in ((RANK, k), (n, RANK))] * shape.layers
+    tensors = [torch.randn(size, device=device).requires_grad_() for size in sizes]
+    grads = [torch.randn_like(p) for p in tensors]
+    count, factor = sum(p.numel() for p in tensors), torch.ones((), device=device)
+    copies = copy_rate(device, 1 << 20 if job.tiny else 1 << 30, job)["bytes_per_s"]
+    makers, missing = optimizers(tensors)
+    rows = []
+    for way, make in makers.items():
+        free(device)
+        opt = make()
+        for p, grad in zip(tensors, grads):
+            p.grad = grad
+        took = {
+            "step": kernel_seconds(lambda i, opt=opt: opt, lambda opt: opt.step(), device, job.kernels),
+            "scaled step": kernel_seconds(lambda i, opt=opt: opt, lambda opt: scaled(opt, grads, factor), device, job.kernels),
+            "scaled step, with launches": spread(step_seconds(lambda opt=opt: scaled(opt, grads, factor), device, job.kernels)),
+        }
+        for half, seconds in took.items():
+            of_floor = seconds["median"] * copies / (28 * count)
+            rows.append({"way": way, "half": half, "tokens": count, "seconds": seconds, "of_floor": of_floor})
+    return {"copy_bytes_per_s": copies, "axis": "parameters", "rows": rows, "missing": missing}
+
+
+HEADS = ("linear_logprob", "linear_logprob_trained")
+CELLS = {name: Cell(75 if name in HEADS else 40, partial(measured, name)) for name in OPS}
 CELLS |= {f"lora_{name}": Cell(25, partial(lora, name)) for name in groups(SHAPES["8b"])}
+CELLS["optimizer"] = Cell(15, optimizer)
 
 
 def main(argv: list[str]) -> int:

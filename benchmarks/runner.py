@@ -1,7 +1,8 @@
 """Cells one after the other, each in a process of its own, within a deadline.
 
-A cell is not begun if it would end after the deadline, by its estimate, and is ended at twice that. Cells marked `last` have their
-time set aside and run whatever else was skipped. Results are written after each cell; the table comes last.
+A cell is not begun if it would end after the deadline, by its estimate. It is ended at twice that, or before, where the deadline comes
+before. Cells marked `last` have their time set aside, which no other cell may use, and run whatever else was skipped. Results are
+written after each cell; the table comes last.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ PACKAGES = (
     "cut-cross-entropy",
     "nvidia-cudnn-cu13",
 )
+
+DEADLINE = 525  # seconds: nine minutes, less what starting, ending the last cell and the tables take
+TINY_LIMIT = 120  # seconds for a cell at toy sizes
+ENDING = 3  # seconds from a cell's limit to the next one's start
 
 
 class Unavailable(Exception):
@@ -88,8 +93,13 @@ def perform(cell: Cell, job: Job) -> dict:
         return {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"}
 
 
-def spawn(suite: str, name: str, cell: Cell, device: str, tiny: bool) -> dict:
-    """`perform` in a process of its own."""
+def limit(cell: Cell, left: float) -> float:
+    """Seconds after which a cell is ended; left: those until the deadline that nobody else is to have."""
+    return min(2 * cell.seconds, left)
+
+
+def spawn(suite: str, name: str, cell: Cell, device: str, tiny: bool, most: float) -> dict:
+    """`perform` in a process of its own, which is ended after `most` seconds."""
     command = [
         sys.executable,
         "-W",
@@ -102,18 +112,17 @@ def spawn(suite: str, name: str, cell: Cell, device: str, tiny: bool) -> dict:
         device,
         *(["--tiny"] if tiny else []),
     ]
-    limit = 120 if tiny else 2 * cell.seconds
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "BENCHMARK_BEGUN": str(time.time())}
         if cell.fresh:
             env |= {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
         child = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
         try:
-            lines = child.communicate(timeout=limit)[0].splitlines()
+            lines = child.communicate(timeout=most)[0].splitlines()
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
             child.communicate()
-            return {"failed": f"ended after {limit} s, twice its estimate"}
+            return {"failed": f"ended after {most:.0f} s; its estimate is {cell.seconds} s"}
         return json.loads(lines[-1]) if lines else {"failed": f"its process ended with code {child.returncode} and said nothing"}
 
 
@@ -130,7 +139,7 @@ def main(suite: str, about: str, cells: dict[str, Cell], argv: list[str]) -> int
     """Exit code: 0, 1 if a cell failed, 2 if there is no such device."""
     options = argparse.ArgumentParser(prog=f"python -m benchmarks.{suite}", description=about)
     options.add_argument("--only", nargs="+", choices=cells, default=list(cells), metavar="NAME", help=", ".join(cells))
-    options.add_argument("--deadline", type=float, default=540, help="seconds; what would end later is skipped")
+    options.add_argument("--deadline", type=float, default=DEADLINE, help="seconds; what would end later is skipped")
     options.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only with --tiny")
     options.add_argument("--tiny", action="store_true", help="toy sizes: shows that the code runs; its numbers mean nothing")
     options.add_argument("--out", type=Path, help="write device, versions and results to this file, after each cell")
@@ -166,12 +175,13 @@ def main(suite: str, about: str, cells: dict[str, Cell], argv: list[str]) -> int
     chosen.sort(key=lambda name: cells[name].last)
     for i, name in enumerate(chosen):
         cell, now = cells[name], time.monotonic() - begun
-        aside = 0 if cell.last else sum(cells[other].seconds for other in chosen[i + 1 :] if cells[other].last)
-        if not args.tiny and now + cell.seconds + aside > args.deadline:
+        aside = 0 if cell.last else sum(cells[other].seconds + ENDING for other in chosen[i + 1 :] if cells[other].last)
+        left = args.deadline - now - aside
+        if not args.tiny and cell.seconds > left:
             results["skipped"].append(name)
             print(f"skipped {name}: at {now:.0f} s, about {cell.seconds} s more would pass the deadline", file=sys.stderr, flush=True)
         else:
-            found = spawn(suite, name, cell, args.device, args.tiny)
+            found = spawn(suite, name, cell, args.device, args.tiny, TINY_LIMIT if args.tiny else limit(cell, left))
             results["cells"][name] = found | {"took_seconds": round(time.monotonic() - begun - now, 1)}
             print(json.dumps({"cell": name, **results["cells"][name]}), flush=True)
         if args.out:

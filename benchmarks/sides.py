@@ -43,9 +43,11 @@ from parallel.graph import micro_step
 from parallel.mesh import Mesh
 from parallel.start import Launch
 from runtime.config import load
+from runtime.guard import upstream
 from train import RunConfig, assemble
 
 RANK, ALPHA, LR, MAX_NORM = 16, 32, 1e-4, 1.0
+RECORDED = 3  # number of the micro-batch at which a CUDA graph is recorded, and from which on it is replayed (parallel/graph.py)
 # Relative errors against the fp32 reference of (loss, gradients), by the device type, which decides the compute dtype. bf16 rounds
 # gradients of wide models by more than a hundredth, whoever computes them: there the gate asks what plain torch loses.
 BOUNDS = {"cpu": (1e-5, 1e-4), "cuda": (2e-3, 1e-2)}
@@ -288,6 +290,10 @@ class Side:
         """The share of micro-batch i in the step's loss, with its graph."""
         raise NotImplementedError
 
+    def back(self, loss: Tensor) -> None:
+        """The backward pass of a micro-batch's loss."""
+        loss.backward()
+
     def trained(self) -> dict[str, Tensor]:
         return {canonical(name): p for name, p in self.net.named_parameters() if p.requires_grad}
 
@@ -300,7 +306,7 @@ class Side:
         total = 0.0
         for i in range(len(self.batches)):
             loss = self.loss(i)
-            loss.backward()
+            self.back(loss)
             total += loss.item()
         return total, {name: p.grad for name, p in self.trained().items() if p.grad is not None}
 
@@ -337,8 +343,11 @@ class Ours(Side):
 
     def _forward_backward(self, batch: Batch, units: int | Tensor) -> Tensor:
         loss = lm.loss(self.net, batch, units)
-        loss.backward()
+        self.back(loss)
         return loss.detach()
+
+    def back(self, loss: Tensor) -> None:
+        loss.backward(upstream(loss))
 
     def learn(self) -> Tensor:
         """Forward and backward of all micro-batches; the loss."""
@@ -350,7 +359,8 @@ class Ours(Side):
         return total
 
     def gradients(self) -> tuple[float, dict[str, Tensor]]:
-        self.learn()  # the first time a graph is not replayed yet
+        for _ in range(RECORDED - 1):  # a graph is to be compared, not what came before it
+            self.learn()
         self.clear()
         total = self.learn().item()
         return total, {name: p.grad for name, p in self.trained().items() if p.grad is not None}
@@ -460,7 +470,7 @@ class Theirs(Side):
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i in range(len(self.batches)):
             loss = self.loss(i)
-            loss.backward()
+            self.back(loss)
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(self.trained().values(), MAX_NORM).item()
         self.opt.step()
