@@ -236,17 +236,22 @@ class Ranks:
         return self.result.clone()
 
     def run(self, function: Callable[[int], object]) -> list:
-        found = [None] * self.size
+        found, errors = [None] * self.size, []
 
         def one(rank: int) -> None:
             with self.turn:
-                found[rank] = function(rank)
+                try:
+                    found[rank] = function(rank)
+                except Exception as e:
+                    errors.append(e)
 
         threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.size)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(60)
+        if errors:
+            raise errors[0]
         return found
 
 
