@@ -99,7 +99,7 @@ class Impl(NamedTuple):
 
 
 # Bytes of one fp32 [rows, V] buffer of logits. One or two live at once: a second for a soft-cap, and half of one in bf16.
-# A chunk reads all of W, so few rows are slow: of a 128k vocabulary 64 MiB hold 128 rows, 16 MiB would cost a third more time.
+# A chunk reads all of W, so few rows are slow: of a 128k vocabulary 64 MiB hold 128 rows.
 BUDGET = {"cuda": 1 << 30, "cpu": 1 << 26}
 
 
@@ -147,7 +147,7 @@ def linear_logprob(
     Returns:
         [T] fp32 (fp64 for fp64 `hidden`).
     """
-    return _scores(hidden, weight, labels, softcap, budget, split, learned, impl, None, summed)[0]
+    return linear_scores(hidden, weight, labels, softcap, budget, split, learned, impl, PLAIN, summed).value
 
 
 def linear_scores(
@@ -163,14 +163,10 @@ def linear_scores(
     summed: bool = False,
 ) -> Scores:
     """`linear_logprob` with what a loss may want beside it, at the price of the same products."""
-    return Scores(*_scores(hidden, weight, labels, softcap, budget, split, learned, impl, extras, summed))
-
-
-def _scores(hidden, weight, labels, softcap, budget, split, learned, impl, extras, summed) -> tuple[Tensor, Tensor | None, Tensor | None]:
     budget = budget or BUDGET["cuda" if _gpu(hidden) else "cpu"]
     rows = max(16, budget // (4 * (weight.shape[0] if split is None else split.most)))
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-    return _LinearScores.apply(hidden, weight, labels, _How(softcap, rows, split, learned, impl, extras, summed), *needs)
+    return Scores(*_LinearScores.apply(hidden, weight, labels, _How(softcap, rows, split, learned, impl, extras, summed), *needs))
 
 
 class _How(NamedTuple):
@@ -179,7 +175,7 @@ class _How(NamedTuple):
     split: Vocabulary | None
     learned: int | None
     impl: str
-    extras: Extras | None  # None: nothing but log-probabilities is to be returned
+    extras: Extras
     summed: bool
 
 
@@ -198,7 +194,7 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 class _LinearScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, how: _How, needs_dh: bool, needs_dw: bool):
-        impl, extras, kept = IMPLS[how.impl], how.extras or PLAIN, _kept(labels, how.learned)
+        impl, extras, kept = IMPLS[how.impl], how.extras, _kept(labels, how.learned)
         w, label = weight.to(hidden.dtype), _columns(_take(labels, kept), weight, how.split)
         count, vocabulary = label.shape[0], _vocabulary(weight, how.split)
         chunks = _chunks(count, how.rows)
@@ -221,7 +217,7 @@ class _LinearScores(torch.autograd.Function):
                     _accumulate(ctx.dw, u, h)
                 elif len(chunks) == 1:
                     only = u
-            del state  # before the next chunk's logits
+            u = state = None  # neither lives beside the next chunk's logits
         lse, chosen, total, mean = sums
         ctx.save_for_backward(*((hidden, weight, lse.clone(), only) if later else (None,) * 4), labels, kept, slopes)
         ctx.how, ctx.dtype = how, weight.dtype
@@ -229,7 +225,7 @@ class _LinearScores(torch.autograd.Function):
         value = (1 - extras.smoothing) * logp - extras.z_loss * lse.square()
         if extras.smoothing:
             value += extras.smoothing * (total / vocabulary - lse)
-        out = [value, logp if how.extras else None, lse - mean if extras.entropy else None]
+        out = [value, logp, lse - mean if extras.entropy else None]
         out = [None if x is None else _spread(x, labels, kept) for x in out]
         ctx.mark_non_differentiable(*(x for x in out[1:] if x is not None))
         return tuple(out)
@@ -239,7 +235,7 @@ class _LinearScores(torch.autograd.Function):
     def backward(ctx, grad: Tensor, *_):
         hidden, weight, lse, only, labels, kept, slopes = ctx.saved_tensors
         how, label = ctx.how, _take(labels, kept)
-        impl, extras = IMPLS[how.impl], how.extras or PLAIN
+        impl, extras = IMPLS[how.impl], how.extras
         g = torch.where(label >= 0, _take(grad, kept), 0.0)[:, None]
         dh = dw = None
         if slopes is not None:
@@ -247,9 +243,12 @@ class _LinearScores(torch.autograd.Function):
             if kept is not None:
                 dh = dh.new_zeros(labels.shape[0], dh.shape[1]).index_copy_(0, kept, dh)
         if how.summed:
-            torch._assert_async(((grad == grad[0]) | grad.isnan()).all(), "`summed`, but rows have different gradients")
+            if ctx.needs_input_grad[1] and ctx.dw is None:
+                raise RuntimeError("`summed` gradients can be taken once")
+            one = grad[:1]  # of no rows: none
+            torch._assert_async(((grad == one) | grad.isnan()).all(), "`summed`, but rows have different gradients")
             dw, ctx.dw = ctx.dw, None
-            dw = None if dw is None else dw.mul_(grad[0]).to(ctx.dtype)
+            dw = None if dw is None else dw.mul_(one.sum()).to(ctx.dtype)
         elif weight is not None:
             w, label = weight.to(hidden.dtype), _columns(label, weight, how.split)
             dw = torch.zeros(weight.shape, dtype=wide_dtype(weight.dtype), device=weight.device)
@@ -262,6 +261,7 @@ class _LinearScores(torch.autograd.Function):
                 else:
                     dz = (g * only).to(h.dtype)
                 _accumulate(dw, dz, h)
+                del dz  # before the next chunk's logits
             dw = dw.to(weight.dtype)
         return dh, dw, *(None,) * 4
 

@@ -10,7 +10,8 @@ Of a sum: x = round(a + b) is an output too, since residual streams go on with i
 
 `forward` and `backward` are the two halves without autograd, for those who write a backward of their own (kernels/regions.py).
 The Triton kernels give a row to a program; the backward's programs go through many rows each where the weight trains and add up
-dw on the way, so that there are PARTS partial sums, always in the same order.
+dw on the way, so that there are PARTS partial sums, always in the same order. Rows wider than TOGETHER leave no registers for that:
+there a second launch reads them again for dw, some columns to a program.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from kernels.launch import block, grid, jit, operator, rows_of, tl, warps, wide_
 
 PARTS = 256  # partial sums of dw; a few for each multiprocessor
 WIDEST = 16384  # columns that a program's registers hold
+TOGETHER = 8192  # columns that they hold beside as many of dw
 
 
 class Impl(NamedTuple):
@@ -143,6 +145,21 @@ def _backward_kernel(
         tl.store(dw + first * COLUMNS + at, part, mask=inside)
 
 
+@jit
+def _weight_kernel(grad, x, r, dw, grad_row, x_row, rows, columns, BLOCK: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64)
+    step = tl.num_programs(0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < columns
+    part = tl.zeros((BLOCK,), tl.float32)
+    row = first
+    while row < rows:
+        normalized = tl.load(x + row * x_row + at, mask=inside, other=0.0).to(tl.float32) * tl.load(r + row)
+        part += tl.load(grad + row * grad_row + at, mask=inside, other=0.0).to(tl.float32) * normalized
+        row += step
+    tl.store(dw + first * columns + at, part, mask=inside)
+
+
 def _forward_fake(x, add, weight, eps, offset):
     like = x.new_empty(x.shape)
     return (x.new_empty(0) if add is None else torch.empty_like(like)), like, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
@@ -173,14 +190,18 @@ def _backward_triton(
     g, flat, more = rows_of(grad), rows_of(x), None if to_sum is None else rows_of(to_sum)
     rows, columns = flat.shape
     dx = x.new_empty(x.shape)
-    programs = min(rows, PARTS) if needs_dw else rows
-    parts = x.new_zeros((programs, columns) if needs_dw else (0, 0), dtype=torch.float32)
+    some, trained = min(rows, PARTS), needs_dw and columns <= TOGETHER
+    parts = x.new_zeros((some, columns) if needs_dw else (0, 0), dtype=torch.float32)
     if rows:
         size = block(columns)
-        _backward_kernel[grid(programs)](
+        _backward_kernel[grid(some if trained else rows)](
             g, more, flat, r, weight, dx, parts, g.stride(0), 0 if more is None else more.stride(0), flat.stride(0), rows,
-            COLUMNS=columns, OFFSET=offset, ADD=more is not None, TRAINED=needs_dw, BLOCK=size, num_warps=warps(size), num_stages=1,
+            COLUMNS=columns, OFFSET=offset, ADD=more is not None, TRAINED=trained, BLOCK=size, num_warps=warps(size), num_stages=1,
         )  # fmt: skip
+        if needs_dw and not trained:
+            _weight_kernel[grid(some, -(-columns // 1024))](
+                g, flat, r, parts, g.stride(0), flat.stride(0), rows, columns, BLOCK=1024, num_warps=4, num_stages=1
+            )
     return dx, parts.sum(0).to(weight.dtype) if needs_dw else weight.new_empty(0)
 
 

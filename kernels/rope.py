@@ -50,8 +50,8 @@ def rope(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [T, heads, H] -> x rotated, by operations that autograd knows. The halves of x, swapped as they are, need no sign of their own
-    (whole rows run three times as fast on a CPU as halves)."""
+    """x: [T, heads, H] -> x rotated, by operations that autograd knows. The halves of x, swapped as they are, need no sign of their own,
+    so whole rows are computed instead of halves."""
     size = cos.shape[-1]
     turned, rest = (x, None) if size == x.shape[-1] else (x[..., :size], x[..., size:])
     y = turned * cos + turned.roll(size // 2, -1) * sin

@@ -114,8 +114,10 @@ def half(*shape: int) -> torch.Tensor:
 def rms_norm():
     from kernels import rms_norm as op
 
-    for columns, rows in ((4096, 8), (8192, 8), (16384, 8), (128, 64)):
-        x, w, r = half(rows, columns), half(columns), torch.empty(rows, 1)
+    kinds = [(4096, 8, torch.bfloat16), (8192, 8, torch.bfloat16), (16384, 8, torch.bfloat16), (128, 64, torch.bfloat16)]
+    kinds += [(8192, 8, torch.float32), (16384, 8, torch.float32), (12289, 8, torch.float32), (12289, 8, torch.bfloat16)]
+    for columns, rows, dtype in kinds:
+        x, w, r = torch.empty(rows, columns, dtype=dtype), half(columns), torch.empty(rows, 1)
         op._forward_triton(x, None, w, 1e-5, False)
         op._forward_triton(x, x, w, 1e-5, True)
         op._backward_triton(x, None, x, r, w, False, False)
@@ -185,6 +187,7 @@ def flash():
     wide, narrow, plain, capped = torch.float32, torch.bfloat16, (0.0, None), (50.0, sinks)
     kinds = [(64, narrow, plain), (128, narrow, plain), (192, narrow, plain), (128, wide, plain)]
     kinds += [(64, narrow, capped), (80, narrow, capped), (128, narrow, capped), (256, narrow, capped)]
+    kinds += [(256, narrow, plain), (192, wide, plain), (256, wide, plain), (256, wide, capped)]
     for columns, dtype, (cap, sink) in kinds:
         x, y = q[..., :columns].to(dtype).contiguous(), k[..., :columns].to(dtype).contiguous()
         op._forward(x, y, y, sink, seen.lo, seen.hi, 0.1, cap)

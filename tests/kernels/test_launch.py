@@ -52,6 +52,7 @@ def launches(tokens: int) -> dict[str, Callable[[], object]]:
     return {
         "rms_norm._forward_kernel": lambda: plain(rms_norm._forward_triton)(x, x, w, 1e-5, False),
         "rms_norm._backward_kernel": lambda: plain(rms_norm._backward_triton)(x, x, x, r, w, False, False),
+        "rms_norm._weight_kernel": lambda: plain(rms_norm._backward_triton)(x, x, x, r, w, False, True),
         "rope._forward_kernel": lambda: plain(rope._forward_triton)(q, k, table, table, head, head, 1e-6, False),
         "rope._backward_kernel": lambda: plain(rope._backward_triton)(q, k, None, None, table, table, None, None, 0.0, False, False),
         "glu._forward_kernel": lambda: plain(glu._forward_triton)(gate, gate, "silu"),
@@ -81,6 +82,7 @@ def test_a_grid_for_ten_million_tokens(monkeypatch, name):
         monkeypatch.setattr(MODULES[key.split(".")[0]], key.split(".")[1], one)
     monkeypatch.setattr(adamw, "_on_device", lambda *args: None)
     monkeypatch.setattr(adamw, "_owners", lambda *args: None)
+    monkeypatch.setattr(rms_norm, "PARTS", TOKENS)  # which is what bounds the grid of `_weight_kernel`
     grids = {}
     for tokens in (1000, TOKENS):
         launches(tokens)[name]()
@@ -168,8 +170,10 @@ def test_rms_norm(ends):
         agree((dx[at], rms_norm.backward(x[at], x[at], x[at], r[at], w, True, False, "torch")[0]))
 
 
-def test_rms_norm_of_rows_far_apart(ends):
-    """Programs that walk through rows, for the weight's gradient."""
+@pytest.mark.parametrize("together", [64, 0])
+def test_rms_norm_of_rows_far_apart(ends, monkeypatch, together):
+    """Programs that walk through rows, for the weight's gradient, in one launch and in one of its own."""
+    monkeypatch.setattr(rms_norm, "TOGETHER", together)
     x, g = strided(3, 64, 2**30), strided(3, 64, 2**30)
     g[1] = 0.0  # the middle program may not run
     w = torch.randn(64).half().to(device())

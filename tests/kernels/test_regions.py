@@ -402,10 +402,14 @@ def make(folder: Path, kernels: KernelsConfig, lora: LoraConfig | None, dtype: t
     return net
 
 
+def there(row: Row) -> Row:
+    return Row(*(x.to(device()) if isinstance(x, torch.Tensor) else x for x in row))
+
+
 def results(net: Decoder, row: Row) -> dict[str, torch.Tensor]:
     """Log-probs and every gradient, for any gradients from above."""
     torch.manual_seed(5)
-    logp = net(Row(*(x.to(device()) if isinstance(x, torch.Tensor) else x for x in row)))
+    logp = net(there(row))
     weights = torch.randn(logp.shape, generator=torch.Generator().manual_seed(1), dtype=logp.dtype).to(device())
     (logp * weights).sum().backward()
     return {"logp": logp.detach()} | {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
@@ -472,12 +476,12 @@ def test_dropout_has_the_same_masks_in_torch_and_triton(folders):
     without = results(make(folders["qwen2"], TRITON, LoraConfig(rank=4)), row)
     assert (without["logp"] - want["logp"]).norm() > 0.01 * want["logp"].norm()  # the masks matter
     evaluated = make(folders["qwen2"], TRITON, lora).eval()
-    close([evaluated(row).detach()], [without["logp"]])
+    close([evaluated(there(row)).detach()], [without["logp"]])
 
 
 def test_gradients_with_dropout_are_those_of_one_function(folders):
     """The masks are fixed by the seed, so finite differences see them too."""
-    row = rows(Arch.from_folder(folders["llama-tied-linear"]))
+    row = there(rows(Arch.from_folder(folders["llama-tied-linear"])))
     net = make(folders["llama-tied-linear"], KernelsConfig(blocks="fused"), LoraConfig(rank=2, dropout=0.5), torch.float64)
 
     def value() -> torch.Tensor:
@@ -487,7 +491,7 @@ def test_gradients_with_dropout_are_those_of_one_function(folders):
     value().backward()
     for name in ("self_attn.v_proj.lora_A", "self_attn.o_proj.lora_B", "mlp.up_proj.lora_A", "mlp.down_proj.lora_A"):
         p = net.model.layers[0].get_parameter(f"{name}.weight")
-        direction = torch.randn(p.shape, generator=torch.Generator().manual_seed(2), dtype=p.dtype)
+        direction = torch.randn(p.shape, generator=torch.Generator().manual_seed(2), dtype=p.dtype).to(device())
         with torch.no_grad():
             ends = []
             for step in (1e-6, -2e-6):
@@ -556,13 +560,15 @@ def test_bytes_a_block_keeps(tmp_path):
     low = 2 * 7 * 16
     statistics = 4 * (2 + 32)
     assert fused == bf16 + low + statistics <= 95_000
-    assert separate > 1.4 * fused
+    assert separate == 149_864
     assert of_a_layer(tmp_path, "fused", None)["bytes"] / SLOTS == bf16 + statistics
 
 
 @needs_triton
-def test_operators_of_a_block(tmp_path):
-    """Both passes, with all kernels. Each is a launch on a GPU, most of them small: casts of an adapter's matrices and their gradients."""
+def test_operators_of_a_block(tmp_path, monkeypatch):
+    """Both passes, with all kernels, none of which is launched here. Each operator is a launch on a GPU, most of them small: casts of an
+    adapter's matrices and their gradients."""
+    monkeypatch.setattr(launch, "unsupported", lambda *_: None)
     found = {blocks: of_a_layer(tmp_path, blocks, LORA_16, "triton")["operators"] for blocks in ("fused", "separate")}
     assert found["fused"] <= OPERATORS < found["separate"]
 

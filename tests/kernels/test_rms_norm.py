@@ -37,6 +37,20 @@ def test_of_a_sum(impl, offset):
         close(found, gradients(ref, tensors, needs, g))
 
 
+@pytest.mark.parametrize("columns", [40, 1300])
+def test_rows_that_are_read_again_for_the_weight(columns, monkeypatch):
+    """More rows than there are partial sums, columns that fill no block."""
+    monkeypatch.setattr(op, "TOGETHER", 32)
+    monkeypatch.setattr(op, "PARTS", 3)
+    tensors, g = (spread(7, columns), spread(7, columns), spread(columns)), (spread(7, columns), spread(7, columns))
+
+    def ref(x, add, w):
+        return x + add, op.rms_norm_ref(x + add, w, 1e-5, True)
+
+    found = gradients(lambda x, add, w: op.add_rms_norm(x, add, w, 1e-5, True, "triton"), tensors, (True,) * 3, g)
+    close(found, gradients(ref, tensors, (True,) * 3, g))
+
+
 def test_rows_with_gaps_between():
     wide, g = spread(6, 100), spread(6, 96)[:, 16:80]
     x = wide[:, 20:84]
