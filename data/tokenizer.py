@@ -18,7 +18,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -32,6 +33,17 @@ NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # special tokens tha
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")  # of an added token
 _MAX_IDS = 2**31  # ids beyond have no embedding in any model
 _CONVERT = "python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')\""
+
+
+@contextmanager
+def _library(what: str) -> Iterator[None]:
+    """What the library cannot do with a tokenizer, as a ModelError: it raises these two, or panics, which is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) in (Exception, ValueError) or type(error).__name__ == "PanicException":
+            raise ModelError(f"{what}: {clean(error, 200)}") from None
+        raise
 
 
 class Tokenizer:
@@ -70,34 +82,37 @@ class Tokenizer:
             advice = f"; it has {others[0]}: convert it once, {_CONVERT.format(folder=folder)}" if others else ""
             raise ModelError(f"the model folder has no tokenizer.json{advice}", folder)
         data = read(path)
-        try:
+        with _library(f"{path}: is not a tokenizer"):
             pipeline = Pipeline.from_buffer(data)
-        except Exception as error:  # the library raises plain Exception
-            raise ModelError(f"is not a tokenizer: {clean(error, 200)}", path) from None
         config = _config(folder / "special_tokens_map.json") | _config(folder / "tokenizer_config.json")
-        _add_tokens(pipeline, config.get("added_tokens_decoder"), folder / "tokenizer_config.json")
-        _add_named(pipeline, _special_tokens(config))
+        with _library(f"{folder}: its added tokens do not fit its tokenizer"):
+            _add_tokens(pipeline, config.get("added_tokens_decoder"), folder / "tokenizer_config.json")
+            _add_named(pipeline, _special_tokens(config))
         templates = _read_templates(folder, config.get("chat_template"))
         eos_ids = _eos_ids(folder / "generation_config.json")
         facts = json.dumps([_special_tokens(config), config.get("added_tokens_decoder"), templates, eos_ids], sort_keys=True)
         fingerprint = hashlib.blake2b(hashlib.blake2b(data).digest() + facts.encode(), digest_size=16).hexdigest()
-        return cls(pipeline, config, templates, eos_ids, fingerprint)
+        with _library(f"{path}: cannot tokenize"):
+            return cls(pipeline, config, templates, eos_ids, fingerprint)
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text` alone, special tokens written in it recognised, nothing added."""
-        return self._pipeline.encode(text, add_special_tokens=False).ids
+        with _library("the tokenizer fails"):
+            return self._pipeline.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """`encode` of many texts on all cores, the interpreter lock released; with the characters of every token."""
-        return self._pipeline.encode_batch(texts, add_special_tokens=False)
+        with _library("the tokenizer fails"):
+            return self._pipeline.encode_batch(texts, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        return self._pipeline.decode(ids, skip_special_tokens=skip_special)
+        with _library("the tokenizer fails"):
+            return self._pipeline.decode(ids, skip_special_tokens=skip_special)
 
     @property
     def vocab_size(self) -> int:
         """The largest id and one. A model may have fewer embeddings, if the ids beyond are never used."""
-        return 1 + max(self._pipeline.get_vocab(with_added_tokens=True).values())
+        return 1 + max(self._pipeline.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @cached_property
     def special_texts(self) -> dict[str, int]:

@@ -1,4 +1,6 @@
-"""Files that come from strangers: regular ones, inside the folder that was named, and no larger than is read. Standard library only.
+"""Files that come from strangers: regular ones, inside the folder that was named, and no larger than is read.
+
+Standard library only: every package of the project may import this file.
 
 A folder of a model, an adapter or data may hold links. What is read may be quoted in an output, trained on or copied into an
 export, so a link must not lead to a file that its folder does not hold: only to another file inside the folder, or into the

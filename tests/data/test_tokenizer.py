@@ -197,3 +197,35 @@ def test_a_template_that_the_user_names(tmp_path, monkeypatch):
     monkeypatch.setattr("data.tokenizer.MAX_TEMPLATE", 3)
     with pytest.raises(DataError, match="the chat template is larger than"):
         read_template(tmp_path / "t.jinja")
+
+
+def test_what_the_library_cannot_do_is_one_line(tmp_path):
+    """A tokenizer.json that parses and cannot tokenize: the library raises, or panics."""
+    word = {"type": "WordLevel", "vocab": {}, "unk_token": "x"}
+    pieces = {"type": "Unigram", "vocab": [], "unk_id": None}
+    missing = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "Q", "type_id": 0}}], "pair": [], "special_tokens": {}}
+    cases = [
+        ({"model": word}, "cannot tokenize: WordLevel error"),
+        ({"model": pieces}, "cannot tokenize: Encountered an unknown token"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "is not a tokenizer: Precompiled"),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "cannot tokenize: chunk size must be non-zero"),
+        ({"post_processor": missing}, "cannot tokenize: no entry found for key"),
+    ]
+    for i, (change, message) in enumerate(cases):
+        path = write_tokenizer(tmp_path / str(i)) / "tokenizer.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        with pytest.raises(ModelError, match=f"tokenizer.json: {message}") as caught:
+            Tokenizer.load(path.parent)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_fails_at_some_texts_only(tmp_path):
+    path = write_tokenizer(tmp_path) / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    word = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "x"}
+    path.write_text(json.dumps(whole | {"model": word, "pre_tokenizer": None, "post_processor": None, "added_tokens": []}))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("a") == [0]
+    for attempt in (lambda: tokenizer.encode("b"), lambda: tokenizer.encode_batch(["a", "b"])):
+        with pytest.raises(ModelError, match="the tokenizer fails: WordLevel error"):
+            attempt()
