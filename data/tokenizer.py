@@ -65,8 +65,7 @@ class Tokenizer:
         self.bos_id, self.eos_id = self._id_of("bos_token"), self._id_of("eos_token")
         self.pad_id = next(i for i in (self._id_of("pad_token"), self.eos_id, 0) if i is not None)
         self.eos_ids = tuple(dict.fromkeys(i for i in (self.eos_id, *eos_ids) if i is not None))
-        self.prefix_ids, self.suffix_ids = self._surroundings()
-        pipeline.post_processor = None
+        self.prefix_ids, self.suffix_ids = self._take_surroundings()
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -136,11 +135,12 @@ class Tokenizer:
         text = self.special.get(name)
         return None if text is None else self._pipeline.token_to_id(text)
 
-    def _surroundings(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What the post-processor puts before and after a text."""
-        bare = self._pipeline.encode("a", add_special_tokens=False).ids
-        full = self._pipeline.encode("a", add_special_tokens=True).ids
-        for i in range(len(full) - len(bare) + 1):
+    def _take_surroundings(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the post-processor puts before and after a text; from now on the pipeline is without it."""
+        plain, full = (self._pipeline.encode("a", add_special_tokens=special).ids for special in (False, True))
+        self._pipeline.post_processor = None
+        bare = self._pipeline.encode("a").ids
+        for i in range(len(full) - len(bare) + 1) if plain == bare and (bare or not full) else ():
             if full[i : i + len(bare)] == bare:
                 return tuple(full[:i]), tuple(full[i + len(bare) :])
         raise ModelError("the tokenizer's post-processor changes the text's own tokens, which is not supported")

@@ -219,6 +219,18 @@ def test_what_the_library_cannot_do_is_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("pieces", [[], ["A", "A"], ["B"], ["<s>"], ["A", "<s>", "A"]], ids=str)
+def test_a_post_processor_may_only_put_tokens_around_a_text(tmp_path, pieces):
+    path = write_tokenizer(tmp_path, bos=True) / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    sequence = lambda name: {"Sequence": {"id": name, "type_id": 0}}  # noqa: E731
+    token = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    whole["post_processor"]["single"] = [token if name == "<s>" else sequence(name) for name in pieces]
+    path.write_text(json.dumps(whole))
+    with pytest.raises(ModelError, match=r"post-processor changes the text's own tokens|cannot tokenize"):
+        Tokenizer.load(tmp_path)
+
+
 def test_a_tokenizer_that_fails_at_some_texts_only(tmp_path):
     path = write_tokenizer(tmp_path) / "tokenizer.json"
     whole = json.loads(path.read_text())
