@@ -662,7 +662,7 @@ OF_PIPELINES = {
 }
 OF_ADAPTERS = {
     "r": [4, 8, 0, 4.0, "4", 10**30, True],
-    "lora_alpha": [8, 8.0, 16, 10**400, 0, -8, "8", None, 1e-320, math.inf, math.nan],
+    "lora_alpha": [8, 8.0, 4, 4, 16, 10**400, 0, -8, "8", None, 1e-320, math.inf, math.nan],
     "use_rslora": [True, False, None, 0, "no"],
     "target_modules": [["q_proj"], "all-linear", None, 3, {}, [3], [], "[", ["x" * 5000]],
     "modules_to_save": [None, [], ["lm_head"], "abc", 5, [[]], ["lora_A"], ["self_attn"], ["\ud800"]],
