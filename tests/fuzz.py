@@ -1,6 +1,6 @@
 """Damaged and hostile inputs: each is loaded as what it says, or refused in one line; nothing crashes, hangs or fills the memory.
 
-    python -m tests.fuzz --configs 10000 --data 5000 --safetensors 10000 --templates 500 --tokenizers 3000 --adapters 3000
+    python -m tests.fuzz --configs 10000 --data 5000 --safetensors 10000 --templates 500 --tokenizers 10000 --adapters 10000
         [--seed 0] [--out FILE]
 
 Six kinds of input, each made from good ones by `random.Random(f"{seed} {kind} {number}")`, so that any single case can be made again
