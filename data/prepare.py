@@ -39,6 +39,7 @@ from data.sources import Bad, find_files, read_records, refuse
 from data.store import Writer, find_or_make
 from data.tokenizer import Tokenizer
 from runtime.errors import DataError, ModelError
+from runtime.files import open_regular
 
 CODE_VERSION = 1  # of everything between a file's bytes and its tokens: raise it when that changes, and caches are made anew
 _BATCH_CHARACTERS = 1 << 20
@@ -151,7 +152,7 @@ def _key(files: list[Path], form: object, tokenizer: Tokenizer, on_bad: str) -> 
     for path in files:
         digest = hashlib.blake2b(digest_size=16)
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
         except OSError as error:

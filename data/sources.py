@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import itertools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from typing import NamedTuple
 
 from data.config import SourceConfig
 from runtime.errors import ConfigError, DataError, clean, shown
+from runtime.files import inside, open_regular
 
 MAX_RECORD_BYTES = 64 << 20
 _BOM = b"\xef\xbb\xbf"
@@ -59,9 +61,12 @@ def find_files(source: SourceConfig) -> list[Path]:
         if getattr(source, key) is not None:
             raise ConfigError(f"is only for datasets on the hub, and {source.path} is not one", key, getattr(source, key))
     if is_local:
-        found = [Path(path)] if os.path.isfile(path) else _in_folder(Path(path))
+        found = _in_folder(Path(path)) if os.path.isdir(path) else [Path(path)]
     else:
-        found = [Path(name) for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
+        found = [Path(name) for name in glob.glob(path, recursive=True) if not os.path.isdir(name)]
+        fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(path).parts))
+        if glob.has_magic(path):
+            found = [file for file in found if file.suffix not in READERS or inside(file, fixed, DataError)]
         if not found:
             problem = "no file matches" if glob.has_magic(path) else "there is no such file or folder"
             raise DataError(problem, source.path)
@@ -72,11 +77,17 @@ def find_files(source: SourceConfig) -> list[Path]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    """Every readable file below `folder`, hidden ones left out."""
+    """Every readable file below `folder`, hidden ones left out.
+
+    Raises:
+        DataError: there is none, or one that is no regular file or a link out of the folder: what it leads to is not this data.
+    """
     found = []
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(root, name) for name in names if not name.startswith(".") and Path(name).suffix in READERS]
+    for file in found:
+        inside(file, folder, DataError)
     if not found:
         raise DataError(f"the folder has no {', '.join(READERS)} file", folder)
     return found
@@ -138,7 +149,7 @@ def _read_lines(path: Path, bad: Bad) -> Iterator[Record]:
 
 
 def _read_json(path: Path, bad: Bad) -> Iterator[Record]:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         head = file.read(4096).removeprefix(_BOM).lstrip()
     if not head.startswith(b"["):
         yield from _read_lines(path, bad)
@@ -183,7 +194,7 @@ def _read_csv(path: Path, bad: Bad) -> Iterator[Record]:
 
 
 def _read_text(path: Path, bad: Bad) -> Iterator[Record]:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         data = file.read(MAX_RECORD_BYTES + 1)
     if len(data) > MAX_RECORD_BYTES:
         raise DataError(f"is one document of more than {MAX_RECORD_BYTES >> 20} MiB; put documents into the lines of a .jsonl file", path)
@@ -221,7 +232,7 @@ READERS = {".jsonl": _read_lines, ".json": _read_json, ".csv": _read_csv, ".txt"
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         number = 0
         while line := file.readline(MAX_RECORD_BYTES + 1):
             number += 1

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from runtime.errors import ModelError, clean
+from runtime.files import has, read_json
 
 MAX_SIZE = 2**24  # no dimension of a real model comes near; beyond it config.json is damaged
 ROPES = ("default", "linear", "llama3", "yarn")
@@ -108,15 +109,9 @@ class Arch:
         from model.families import family_of  # a family holds its block, hence torch
 
         path = Path(folder) / "config.json"
-        if not path.is_file():
+        if not has(path.parent, path.name):
             raise ModelError("no such file: a model is a folder in Hugging Face layout, with config.json and *.safetensors", path)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError, OSError) as e:
-            raise ModelError(f"not readable as JSON: {e}", path) from None
-        if not isinstance(values, dict):
-            raise ModelError("must hold a JSON object", path)
-        config = Fields(values, path)
+        config = Fields(read_json(path), path)
         return family_of(config).read(config)
 
 

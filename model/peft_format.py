@@ -16,9 +16,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.arch import MAX_SIZE
 from model.config import LoraConfig
-from model.tensor_folder import TensorFolder, listed, read_json
+from model.tensor_folder import TensorFolder, listed
 from runtime.errors import ModelError, clean
+from runtime.files import has, is_text, read_json
 
 PREFIX = "base_model.model."
 STEM = "adapter_model"
@@ -90,7 +92,7 @@ def open_adapter(folder: str | Path) -> Adapter:
     """
     folder = Path(folder)
     path = folder / CONFIG
-    if not path.is_file():
+    if not has(folder, CONFIG):
         raise ModelError("no such file: an adapter is a folder in PEFT layout", path)
     config = read_json(path)
     rank, alpha, dropout = _settings(config, path)
@@ -141,18 +143,21 @@ def _settings(config: dict, path: Path) -> tuple[int, float, float]:
         raise refuse("bias", "is not supported: trained biases change the base model")
     if config.get("init_lora_weights") not in SAME_BASE:
         raise refuse("init_lora_weights", "is not supported: it changes the base weights; convert the adapter to plain LoRA with PEFT")
-    for key in ("target_modules", "modules_to_save"):
+    for key, pattern in (("target_modules", True), ("modules_to_save", False)):
         value = config.get(key)
-        if isinstance(value, list) and not all(isinstance(v, str) for v in value):
-            raise refuse(key, "must be a list of names")
+        names = isinstance(value, list) and all(map(is_text, value))
+        if not (value is None or names or (pattern and is_text(value))):
+            raise refuse(key, "must be a list of names" + (" or a pattern" if pattern else ""))
+    if not isinstance(rslora := config.get("use_rslora", False), (bool, type(None))):
+        raise refuse("use_rslora", "must be true or false")
     rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
-    if type(rank) is not int or rank < 1:
-        raise refuse("r", "must be an integer of at least 1")
-    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-        raise refuse("lora_alpha", "must be a positive number")
+    if type(rank) is not int or not 1 <= rank <= MAX_SIZE:
+        raise refuse("r", f"must be an integer from 1 to {MAX_SIZE}")
+    if type(alpha) not in (int, float) or not 1e-30 <= alpha <= 1e30:
+        raise refuse("lora_alpha", "must be a positive number of a usable size")
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise refuse("lora_dropout", "must be at least 0 and below 1")
-    return rank, alpha * (math.sqrt(rank) if config.get("use_rslora") else 1.0), float(dropout)
+    return rank, alpha * (math.sqrt(rank) if rslora else 1.0), float(dropout)
 
 
 def config_json(cfg: LoraConfig, base: str, target_modules: list[str], modules_to_save: list[str]) -> bytes:

@@ -26,35 +26,16 @@ from torch.distributed.tensor import DTensor
 from model import build, peft_format
 from model.arch import Arch
 from model.config import LoraConfig
+from model.hub import MODEL_FILES, TOKENIZER_FILES
 from model.peft_format import PREFIX, Adapter, open_adapter
-from model.tensor_folder import SHARD_BYTES, Check, Layout, Spec, TensorFolder, Value, compare, leads, listed, publish, read_json
+from model.tensor_folder import SHARD_BYTES, Check, Layout, Spec, TensorFolder, Value, compare, leads, listed, publish
 from model.transforms.lora import adapted, apply_lora, is_adapter, leaf_names, select_linears
 from model.weights import EMBEDDING, HEAD, NameMap, full, initialize, local, parameters_at_rest, region
 from runtime.errors import ModelError
+from runtime.files import has, read_json
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # stored dtypes that are converted on the way in
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}  # as in config.json
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
-)
 
 
 # --------------------------------------------------------------------------------------------------------------------- in
@@ -463,8 +444,12 @@ def has_weights(folder: Path) -> bool:
 
 
 def pass_through(folder: Path, names: tuple[str, ...]) -> dict[str, Path]:
-    """Those of the files that the folder has."""
-    return {name: folder / name for name in names if (folder / name).is_file()}
+    """Those of the files that the folder has.
+
+    Raises:
+        ModelError: one of them is no regular file, or a link out of the folder: an export would publish what it leads to.
+    """
+    return {name: folder / name for name in names if has(folder, name)}
 
 
 def config_with_dtype(path: Path, dtype: torch.dtype) -> bytes:

@@ -5,8 +5,8 @@ A file is 8 bytes (header length, little endian), a JSON header {name: {dtype, s
 size is written tensor by tensor with one tensor in memory. Reading goes through the safetensors library: it maps the file and
 copies what is asked for, and it refuses a header that does not cover the file exactly.
 
-Folders come from strangers: only regular `.safetensors` files directly inside a folder are opened (a link may lead out of it
-only into the blobs of the hub cache the folder is in), and JSON is bounded before it is parsed.
+Folders come from strangers: what is opened are regular files inside the folder, of bounded size where they are read whole
+(`runtime/files.py`), and an index names `.safetensors` files directly in it.
 
 Nothing here knows a model. `publish` and `compare` take `value(name)`, which may be a collective: then every rank calls them,
 the first rank alone writes or reads, and its outcome is everyone's.
@@ -20,7 +20,6 @@ import json
 import os
 import secrets
 import shutil
-import stat
 import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -33,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from runtime.errors import ModelError, UserError, clean, shown
+from runtime.files import MAX_JSON, has, inside, open_regular, read, read_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -49,7 +49,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-MAX_JSON = 64 << 20  # bytes of an index or config
 SHARD_BYTES = 5_000_000_000
 CHECKSUMS = "checksums.json"
 FORMAT = "salamander export 1"
@@ -76,29 +75,6 @@ Check = Callable[
 # ---------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object of bounded size without repeated keys.
-
-    Raises:
-        ModelError: it is not one.
-    """
-
-    def once(pairs: list[tuple[str, object]]) -> dict:
-        if len(found := dict(pairs)) < len(pairs):
-            raise ValueError("a key is repeated")
-        return found
-
-    try:
-        if path.stat().st_size > MAX_JSON:
-            raise ModelError(f"is larger than {MAX_JSON >> 20} MiB; this is no such file", path)
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except (ValueError, RecursionError, OSError) as e:
-        raise ModelError(f"not readable as JSON: {e}", path) from None
-    if not isinstance(values, dict):
-        raise ModelError("must hold a JSON object", path)
-    return values
-
-
 def confined(folder: Path, name: str, named_by: Path) -> Path:
     """The file `name` of `folder`.
 
@@ -107,17 +83,28 @@ def confined(folder: Path, name: str, named_by: Path) -> Path:
     """
     if name != os.path.basename(name) or not name.endswith(".safetensors") or "\\" in name or "\0" in name:
         raise ModelError(f"names {shown(name)}; only .safetensors files of its own folder are read", named_by)
-    home, real = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / name))
-    in_hub_cache = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
-    if real.parent != home and not in_hub_cache:
-        raise ModelError(f"is a link to {real}, outside its folder; use the folder that holds the file, or copy it", folder / name)
-    try:
-        mode = real.stat().st_mode
-    except OSError:
-        raise ModelError(f"no such file, but {named_by.name} names it; the download or copy is incomplete", folder / name) from None
-    if not stat.S_ISREG(mode):
-        raise ModelError("is no regular file", folder / name)
+    if not os.path.lexists(folder / name):
+        raise ModelError(f"no such file, but {named_by.name} names it; the download or copy is incomplete", folder / name)
+    inside(folder / name)
     return folder / name
+
+
+def _files(folder: Path, stem: str) -> tuple[Path, dict[str, set[str] | None]]:
+    """What names the files that hold the tensors, and of each the tensors it is to hold (None: all that it does)."""
+    single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+    if os.path.lexists(folder / single):  # the order in which transformers looks
+        return folder / single, {single: None}
+    if not has(folder, index):
+        pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
+        told = "pickled weights can run code when loaded and are not read; convert them to safetensors"
+        raise ModelError(f"no {single} and no {index}" + (f", only {pickles[0]}: {told}" if pickles else ""), folder)
+    weight_map = read_json(folder / index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ModelError("has no weight_map of tensor names to file names", folder / index)
+    wanted: dict[str, set[str] | None] = {file: set() for file in sorted(set(weight_map.values()))}
+    for name, file in weight_map.items():
+        wanted[file].add(name)
+    return folder / index, wanted
 
 
 class TensorFolder:
@@ -130,23 +117,9 @@ class TensorFolder:
         self.folder = Path(folder)
         self.specs: Layout = {}
         self._files: dict[str, safe_open] = {}  # tensor name -> open file
-        single, index = self.folder / f"{stem}.safetensors", self.folder / f"{stem}.safetensors.index.json"
-        if os.path.lexists(single):  # the order in which transformers looks
-            self._open(single.name, None, single)
-        elif index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-                raise ModelError("has no weight_map of tensor names to file names", index)
-            for file in sorted(set(weight_map.values())):
-                self._open(file, {name for name, at in weight_map.items() if at == file}, index)
-        else:
-            raise ModelError(f"no {single.name} and no {index.name}{self._pickles()}", self.folder)
-
-    def _pickles(self) -> str:
-        found = sorted(p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
-        if not found:
-            return ""
-        return f", only {found[0]}: pickled weights can run code when loaded and are not read; convert them to safetensors"
+        named_by, wanted = _files(self.folder, stem)
+        for file, names in wanted.items():
+            self._open(file, names, named_by)
 
     def _open(self, name: str, wanted: set[str] | None, named_by: Path) -> None:
         path = confined(self.folder, name, named_by)
@@ -174,13 +147,17 @@ class TensorFolder:
 def fingerprint(folder: str | Path, weights: bool, stem: str = "model", config: str = "config.json") -> str:
     """Tells models apart by their contents: config.json whole, and of each weight file its size, its header and a sample of
     64 pages spread over it. A full hash would read every byte of a model on every start.
+
+    Raises:
+        ModelError: a file is missing, no regular one, or outside of the folder.
     """
     folder, digest = Path(folder), hashlib.blake2b(digest_size=16)
-    digest.update((folder / config).read_bytes())
-    for path in sorted(folder.glob(f"{stem}*.safetensors")) if weights else ():
-        with open(path, "rb") as file:
+    digest.update(read(folder / config, MAX_JSON))
+    named_by, names = _files(folder, stem) if weights else (folder, {})
+    for name in names:
+        with open_regular(confined(folder, name, named_by)) as file:
             size = os.fstat(file.fileno()).st_size
-            digest.update(f"{path.name} {size}".encode())
+            digest.update(f"{name} {size}".encode())
             for i in range(64):
                 file.seek(i * max(0, size - 4096) // 63)
                 digest.update(file.read(4096))
@@ -246,7 +223,7 @@ class _Draft:
         self.folder = out.parent / f".{out.name}.draft-{secrets.token_hex(4)}"
         self.folder.mkdir()  # not mkdtemp, whose folders are private
         for name, content in files.items():
-            self._add(name, content.read_bytes() if isinstance(content, Path) else content)
+            self._add(name, read(content) if isinstance(content, Path) else content)
 
     def _add(self, name: str, content: bytes) -> None:
         with open(self.folder / name, "xb") as f:

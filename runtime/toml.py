@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from runtime.errors import ConfigError, redact
+from runtime.files import open_regular
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -56,7 +57,7 @@ def read(path: Path) -> tuple[dict, dict[Place, int]]:
 
 def _bytes(path: Path, where: str) -> bytes:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError("there is no such file", where=where) from None

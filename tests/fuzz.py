@@ -1,8 +1,9 @@
 """Damaged and hostile inputs: each is loaded as what it says, or refused in one line; nothing crashes, hangs or fills the memory.
 
-    python -m tests.fuzz --configs 10000 --data 5000 --safetensors 10000 --templates 500 [--seed 0] [--out FILE]
+    python -m tests.fuzz --configs 10000 --data 5000 --safetensors 10000 --templates 500 --tokenizers 10000 --adapters 10000
+        [--seed 0] [--out FILE]
 
-Four kinds of input, each made from good ones by `random.Random(f"{seed} {kind} {number}")`, so that any single case can be made again
+Six kinds of input, each made from good ones by `random.Random(f"{seed} {kind} {number}")`, so that any single case can be made again
 (`--first NUMBER`):
 
     configs       TOML of runs: values, keys, tables, lines and characters changed, overrides added. Checked as far as before a run's ranks
@@ -14,6 +15,11 @@ Four kinds of input, each made from good ones by `random.Random(f"{seed} {kind} 
                   the bytes that an independent parse of the file finds for it.
     templates     chat templates: pieces cut, doubled and mixed, expressions that are wrong, and that would take all memory or time.
                   Loaded: a text of bounded size, and what is trained of it holds every trained message.
+    tokenizers    tokenizer.json and the configs beside it: values, keys, bytes, repeated keys; one of the files a pipe, a device, a folder
+                  or a link. Loaded: no link led out of the folder, templates and ends of turns are those that the files say, and where
+                  only tokenizer.json changed, texts become what the library alone makes of them.
+    adapters      adapter_config.json and the weights of an adapter, changed likewise. Loaded: rank and scale are those of the config, which
+                  asks for nothing that is not computed, and every parameter equals the bytes that the file has for it.
 
 Cases run in a child process that may have `MEMORY` more address space than it starts with. This process watches it: a case that takes
 longer than `LIMIT_S` is a hang, a child that dies is a crash; either way the next child goes on with the next case. A case that raises
@@ -46,6 +52,7 @@ from pathlib import Path
 
 import tomllib
 import torch
+from tokenizers import Tokenizer as Pipeline
 
 from data import formats
 from data import prepare as preparing
@@ -56,7 +63,11 @@ from data.prepare import prepare
 from data.sample import TRAINED
 from data.tokenizer import Tokenizer
 from model.arch import Arch
-from model.safetensors_io import load_weights
+from model.config import LoraConfig
+from model.peft_format import CONFIG, PREFIX, STEM
+from model.safetensors_io import export_adapter, load_adapter, load_weights, materialize
+from model.tensor_folder import fingerprint
+from model.transforms.lora import is_adapter
 from model.weights import NameMap
 from parallel.apply import check
 from parallel.mesh import sizes
@@ -64,7 +75,7 @@ from runtime.config import flatten, load, to_toml
 from runtime.errors import UserError
 from tests import tiny
 from tests.data import making
-from tests.model.folders import prepared, write_model
+from tests.model.folders import prepared, train_a_little, write_model
 from train import RunConfig
 
 LIMIT_S = 5.0  # of processor time
@@ -460,12 +471,12 @@ def damaged_index(rng: random.Random, here: Path, index: dict) -> None:
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 
-def said(folder: Path) -> dict[str, torch.Tensor]:
+def said(folder: Path, stem: str = "model") -> dict[str, torch.Tensor]:
     """Every tensor of a folder, by an independent reading of its files, in fp32."""
     import numpy as np
 
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
+    index = folder / f"{stem}.safetensors.index.json"
+    single = folder / f"{stem}.safetensors"
     where = None if single.exists() else json.loads(index.read_text())["weight_map"]
     found = {}
     for file in {single.name} if where is None else set(where.values()):
@@ -599,9 +610,217 @@ def templates(folder: Path) -> Case:
     return case
 
 
+# ---------------------------------------------------------------------------------------------------- tokenizers, adapters
+
+FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
+OF_TOKENIZERS = {
+    "chat_template": ["x", "", [{"name": "default", "template": "y"}, {"name": "rag", "template": "z"}], {"default": "w"}, [{"name": "a"}]],
+    "eos_token": ["<|im_end|>", {"content": "<pad>"}, "new", {"content": 3}, ["a"]],
+    "bos_token": ["<s>", None, {"content": "</s>", "lstrip": 3}, "é "],
+    "added_tokens_decoder": [{str(i): {"content": c}} for i in ("0", "-1", "480", "x", "1e3") for c in ("<s>", "<new>", "", 3, None)]
+    + [{"481": {"content": "<new>", flag: value}} for flag in FLAGS for value in (True, "yes", None)],
+    "eos_token_id": [5, [5, 7], None, -1, 1.5, [[2]], ["x"], 2**40],
+}  # fmt: skip
+OF_PIPELINES = {
+    "model": [
+        {"type": kind, "vocab": vocab, "merges": [], "unk_id": None, "unk_token": unk}
+        for kind in ("BPE", "WordLevel", "Unigram", "X")
+        for vocab in ({}, {"a": 0}, {"a": 2**32 - 1}, [["a", 0.5]], [])
+        for unk in ("a", "b", None)
+    ],
+    "pre_tokenizer": [
+        None,
+        {"type": "FixedLength", "length": 0},
+        {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False},
+        {"type": "Whitespace"},
+        {"type": "Metaspace", "replacement": "é", "prepend_scheme": "always", "split": True},
+    ],
+    "normalizer": [
+        None,
+        {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+        {"type": "Replace", "pattern": {"String": ""}, "content": "xy"},
+        {"type": "NFKC"},
+        {"type": "Strip", "strip_left": True, "strip_right": True},
+        {"type": "Lowercase"},
+    ],
+    "post_processor": [
+        None,
+        {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}], "pair": [], "special_tokens": {}},
+        {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}},
+        {"type": "BertProcessing", "sep": ["a", 2**32 - 1], "cls": ["b", 3]},
+    ],
+    "decoder": [
+        None,
+        {"type": "Strip", "content": "x", "start": 10**9, "stop": 3},
+        {"type": "WordPiece", "prefix": "", "cleanup": True},
+    ],
+    "truncation": [{"max_length": 0, "strategy": "LongestFirst", "stride": 5, "direction": "Right"}],
+    "padding": [
+        {"strategy": {"Fixed": 2**40}, "direction": "Left", "pad_to_multiple_of": 0, "pad_id": 0, "pad_type_id": 0, "pad_token": ""}
+    ],
+    "added_tokens": [[{"id": i, "content": c} | dict.fromkeys(FLAGS, True)] for i in (0, 7, 2**32 - 1) for c in ("", "a", "<s>", " ")],
+}
+OF_ADAPTERS = {
+    "r": [4, 8, 0, 4.0, "4", 10**30, True],
+    "lora_alpha": [8, 8.0, 4, 4, 16, 10**400, 0, -8, "8", None, 1e-320, math.inf, math.nan],
+    "use_rslora": [True, False, None, 0, "no"],
+    "target_modules": [["q_proj"], "all-linear", None, 3, {}, [3], [], "[", ["x" * 5000]],
+    "modules_to_save": [None, [], ["lm_head"], "abc", 5, [[]], ["lora_A"], ["self_attn"], ["\ud800"]],
+    "use_dora": [True, 1, [0]],
+    "bias": ["all", ["none"], None],
+    "peft_type": ["LORA", ["LORA"], "lora", None],
+    "rank_pattern": [{}, {"q_proj": 2}, 3],
+    "lora_dropout": [0, 0.5, 1, "0", None],
+    "layers_to_transform": [0, [0], "x"],
+    "init_lora_weights": [True, 1, [], {"a": 1}, "pissa"],
+}
+
+
+def damaged_json(rng: random.Random, text: bytes, values: dict[str, list]) -> bytes:
+    """A JSON object with another value for some of its keys, now and then one of any kind or one somewhere inside; or other bytes."""
+    found = json.loads(text)
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        key = rng.choice(list(values))
+        kind = rng.randrange(8)
+        if kind < 5:
+            found[key] = rng.choice(values[key])
+        elif kind == 5:
+            found[key] = rng.choice(JUNK)
+        elif found:
+            key = rng.choice(list(found))
+            found[key] = damaged_value(rng, found[key])
+    whole = json.dumps(found)
+    kind = rng.randrange(12)
+    if kind == 0:  # a key twice
+        whole = whole[:-1].rstrip() + (", " if found else "") + f'"{key}": {json.dumps(rng.choice(JUNK))}, "{key}": 1}}'
+    elif kind == 1:
+        whole = rng.choice(("", "null", "[]", "[" * 100_000, whole[: rng.randrange(len(whole))], '{"a": ' + "9" * 5000 + "}"))
+    elif kind == 2:
+        at = rng.randrange(len(whole) + 1)
+        return whole[:at].encode() + rng.choice(PIECES) + whole[at + rng.choice((0, 0, 1, 5)) :].encode()
+    return whole.encode()
+
+
+def misplaced(rng: random.Random, path: Path) -> bool:
+    """Puts something else in the place of a file. Does it lead out of the folder, or is no file?"""
+    inside, outside = path.with_name("inside"), path.parent.parent / "outside"
+    outside.write_bytes(path.read_bytes())
+    kind = rng.randrange(6)
+    path.rename(inside)
+    if kind == 0:
+        path.symlink_to("inside")
+        return False
+    if kind == 1:
+        os.mkfifo(path)
+    elif kind == 2:
+        path.mkdir()
+    else:
+        path.symlink_to(rng.choice((outside, "../outside", "/dev/zero", "/proc/self/environ", "/dev/stdin", "nothing", path.name)))
+    return True
+
+
+def tokenizers(folder: Path) -> Case:
+    files = {}
+    for kind, bos in (("bytes", False), ("bytes", True), ("pieces", False), ("pieces", True)):
+        made = making.write_tokenizer(folder / f"{kind}{bos}", "chatml", kind, bos, stop=("<|im_end|>",))
+        (made / "special_tokens_map.json").write_text('{"bos_token": "<s>"}')
+        files[kind, bos] = {path.name: path.read_bytes() for path in sorted(made.iterdir())}
+    texts = ["Hello there, how are you?", "", " ", "Grüße 東京 😀\n\n x", "<s>a</s><|im_end|>b"]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+
+    def case(rng: random.Random, here: Path) -> None:
+        os.dup2(nowhere, 2)  # where the library tells its panics, besides raising them
+        good = rng.choice(list(files.values()))
+        for name, content in good.items():
+            (here / name).write_bytes(content)
+        changed, away = here / rng.choice(list(good)), False
+        if rng.random() < 0.1:
+            away = misplaced(rng, changed)
+        else:
+            values = OF_PIPELINES if changed.name == "tokenizer.json" else OF_TOKENIZERS
+            changed.write_bytes(damaged_json(rng, changed.read_bytes(), values))
+        tokenizer = Tokenizer.load(here)
+        if away:
+            raise Wrong(f"{changed.name} is not the folder's")
+        tokenizer.check_vocabulary(1 << 20)
+        got = [tokenizer.encode(text) for text in texts]
+        if got != [encoding.ids for encoding in tokenizer.encode_batch(texts)]:
+            raise Wrong("a batch is not its texts")
+        for ids in got:
+            tokenizer.decode(ids)
+        config, generation = (json.loads((here / name).read_bytes()) for name in ("tokenizer_config.json", "generation_config.json"))
+        given = config.get("chat_template") or {}
+        named = {item["name"]: item["template"] for item in given} if isinstance(given, list) else given
+        if tokenizer.templates != ({"default": named} if isinstance(named, str) else named):
+            raise Wrong(f"{tokenizer.templates} instead of {given!r}")
+        stop = generation.get("eos_token_id")
+        ends = [] if stop is None else stop if isinstance(stop, list) else [stop]
+        eos = config.get("eos_token")
+        first = None if eos is None else tokenizer.encode(eos if isinstance(eos, str) else eos["content"])
+        if not {*ends} <= {*tokenizer.eos_ids} or (first and [tokenizer.eos_id] != first) or len({*tokenizer.eos_ids} - {*ends}) > 1:
+            raise Wrong(f"{tokenizer.eos_ids} instead of {eos!r} and {stop!r}")
+        if changed.name == "tokenizer.json":
+            alone = Pipeline.from_file(str(changed))
+            alone.no_truncation()
+            alone.no_padding()
+            known = {token.content for token in alone.get_added_tokens_decoder().values()}
+            if {"<s>", "</s>", "<pad>"} <= known and got != [alone.encode(text, add_special_tokens=False).ids for text in texts]:
+                raise Wrong("the library alone makes other tokens")
+
+    return case
+
+
+def adapters(folder: Path) -> Case:
+    lora = LoraConfig(rank=4, alpha=8)
+    write_model(folder / "model", num_hidden_layers=1)
+    net = prepared(folder / "model", lora)
+    materialize(net, "cpu", 0, folder / "model")
+    train_a_little(net)
+    export_adapter(net, folder / "adapter", lora, "org/base")
+    config, weights = ((folder / "adapter" / name).read_bytes() for name in (CONFIG, f"{STEM}.safetensors"))
+    parameters, names = {n: p for n, p in net.named_parameters() if is_adapter(n)}, NameMap.of(net)
+
+    def case(rng: random.Random, here: Path) -> None:
+        (here / CONFIG).write_bytes(config)
+        (here / f"{STEM}.safetensors").write_bytes(weights)
+        os.mkfifo(here / f"{STEM}-x.safetensors")  # which nothing names
+        away, kind = False, rng.randrange(10)
+        if kind == 0:
+            away = misplaced(rng, here / rng.choice((CONFIG, f"{STEM}.safetensors")))
+        elif kind < 4:
+            (here / f"{STEM}.safetensors").write_bytes(damaged_weights(rng, weights))
+        else:
+            (here / CONFIG).write_bytes(damaged_json(rng, config, OF_ADAPTERS))
+        for p in parameters.values():
+            p.data.fill_(math.nan)
+        fingerprint(here, True, STEM, CONFIG)
+        load_adapter(net, here)
+        if away:
+            raise Wrong("what was loaded is not the folder's")
+        asks = json.loads((here / CONFIG).read_bytes())
+        rank, alpha = asks["r"], asks["lora_alpha"]
+        scale = alpha / (math.sqrt(rank) if asks.get("use_rslora") else rank)
+        odd = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "layer_replication") if asks.get(key)]
+        if (rank, scale, asks["peft_type"], asks.get("bias") or "none", odd) != (4, 2.0, "LORA", "none", []):
+            raise Wrong(f"{asks} is not what this model computes")
+        there = said(here, STEM)
+        for name, p in parameters.items():
+            if not torch.equal(p.data, there[PREFIX + names.to_hf(name)].reshape(p.shape)):
+                raise Wrong(f"{name} is not what the file holds")
+
+    return case
+
+
 # ---------------------------------------------------------------------------------------------------------------- campaign
 
-KINDS: dict[str, Callable[[Path], Case]] = {"configs": configs, "data": data, "safetensors": safetensors, "templates": templates}
+KINDS: dict[str, Callable[[Path], Case]] = {
+    "configs": configs,
+    "data": data,
+    "safetensors": safetensors,
+    "templates": templates,
+    "tokenizers": tokenizers,
+    "adapters": adapters,
+}
 BAD = ("tracebacks", "wrong_loads", "hangs", "crashes")
 _STATE = struct.Struct("@qddqqqq")  # the case, when it began by the clock and by processor time; loaded, refused, tracebacks, wrong
 

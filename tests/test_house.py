@@ -20,6 +20,7 @@ ALLOWED = {
     "parallel": {"model", "kernels", "data.batch"},
     "objective": {"model", "kernels", "data.batch"},
 }
+LEAVES = ("runtime.errors", "runtime.files")  # of the standard library alone, for everybody
 SOURCES = sorted(p for p in ROOT.rglob("*.py") if p.relative_to(ROOT).parts[0] in OURS | {"train.py"})
 
 
@@ -39,7 +40,7 @@ def violations(package: str, text: str) -> list[str]:
     bad = []
     for line, name in imported(ast.parse(text)):
         top = name.split(".")[0]
-        legal = top not in OURS or top == package or name.startswith("runtime.errors")
+        legal = top not in OURS or top == package or name.startswith(LEAVES)
         if not legal and not any(name == ok or name.startswith(ok + ".") for ok in ALLOWED[package]):
             bad.append(f"line {line}: {name}")
     return bad
@@ -51,6 +52,13 @@ def test_imports_go_one_way(package):
     assert files
     found = {str(p.relative_to(ROOT)): bad for p in files if (bad := violations(package, p.read_text(encoding="utf-8")))}
     assert not found
+
+
+def test_leaves_stand_on_the_standard_library():
+    for leaf in LEAVES:
+        names = {name for _, name in imported(ast.parse((ROOT / f"{leaf.replace('.', '/')}.py").read_text(encoding="utf-8")))}
+        foreign = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names and not name.startswith(LEAVES)}
+        assert names and not foreign
 
 
 def test_the_rule_sees_imports_inside_functions():

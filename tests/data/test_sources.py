@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,35 @@ def test_files_folders_and_globs(tmp_path, monkeypatch):
     assert found(tmp_path / "**/*.[jc]s*", tmp_path) == ["b.jsonl", "sub/c.json", "sub/deep/d.csv"]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert found("~/a.txt", tmp_path) == ["a.txt"]
+
+
+def test_links_stay_in_their_folder(tmp_path, monkeypatch):
+    outside = write(tmp_path / "outside" / "x.txt", "secret")
+    folder = write(tmp_path / "data" / "sub" / "a.txt", "x").parent.parent
+    (folder / "b.txt").symlink_to("sub/a.txt")
+    (tmp_path / "link").symlink_to(folder)  # the folder itself may be one
+    for path in (folder, tmp_path / "link", folder / "**/*.txt"):
+        assert len(find_files(SourceConfig(str(path), "completion"))) == 2
+    (folder / "c.txt").symlink_to(outside)
+    (folder / "away").symlink_to(outside.parent)
+    monkeypatch.chdir(tmp_path)
+    for path in ("data", "link", str(folder), "data/*.txt", f"{folder}/**/*.txt", "data/a*/x.txt"):
+        with pytest.raises(DataError, match=r"(c|x).txt: is a link to .*outside/x.txt, outside its folder"):
+            find_files(SourceConfig(path, "completion"))
+    assert found(folder / "c.txt", folder) == ["c.txt"]  # the user's own word
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+    for suffix in (".txt", ".jsonl", ".json", ".csv"):
+        path = tmp_path / suffix[1:] / f"a{suffix}"
+        path.parent.mkdir()
+        os.mkfifo(path)
+        for name in (path.parent, f"{path.parent}/*"):
+            with pytest.raises(DataError, match=rf"a{suffix}: is no regular file"):
+                find_files(SourceConfig(str(name), "completion"))
+        assert found(path, tmp_path) == [f"{suffix[1:]}/a{suffix}"]
+        with pytest.raises(DataError, match=rf"a{suffix}: cannot be read: it is no regular file"):
+            values(path)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 
 from model.config import LoraConfig
-from model.safetensors_io import export_adapter, export_full, materialize, verify_adapter, verify_full
+from model.hub import fetch
+from model.safetensors_io import export_adapter, export_full, materialize, pass_through, verify_adapter, verify_full
 from model.tensor_folder import CHECKSUMS, Spec, TensorFolder, agree, publish
 from parallel.local import run
 from runtime.errors import ModelError
@@ -159,6 +160,41 @@ def test_files_beside_the_weights_come_along(folder, tmp_path):
     export_full(loaded(folder), tmp_path / "out", folder, tokenizer=other)
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "b"
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "vocab.txt", "preprocessor_config.json", "generation_config.json", "chat_template.jinja"])
+def test_links_out_of_the_folder_are_not_copied(folder, tmp_path, name):
+    """Not where the model is opened, not by the export of a folder that was changed since, not as a tokenizer's file."""
+    net = loaded(folder)
+    (tmp_path / "secret").write_text("SECRET")
+    for target in (tmp_path / "secret", "/proc/self/environ"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(target)
+        for attempt in (
+            lambda: fetch(str(folder)),
+            lambda: pass_through(folder, (name,)),
+            lambda: export_full(net, tmp_path / "out", folder),
+        ):
+            with pytest.raises(ModelError, match=f"{name}: is a link to .*, outside its folder"):
+                attempt()
+        assert not (tmp_path / "out").exists()
+    (folder / name).unlink()
+    files = {name: folder / name}  # exchanged after it was looked at
+    (folder / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(ModelError, match=f"{name}: is a link to .*/secret, outside its folder"):
+        publish(tmp_path / "out", {}, lambda _: None, files)
+    assert not (tmp_path / "out").exists()
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(ModelError, match=f"{name}: is no regular file"):
+        fetch(str(folder))
+
+
+def test_no_such_folder_is_one_line(tmp_path):
+    for path in ("x" * 5000, f"{tmp_path}/{'x' * 300}", "~nobody-of-this-name/x/y", "a\0b", str(tmp_path / "none")):
+        with pytest.raises(ModelError, match="no such folder, and not a hub id") as error:
+            fetch(path)
+        assert len(str(error.value)) < 2100
 
 
 def test_the_checksums_are_the_files(folder, tmp_path):

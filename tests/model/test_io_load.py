@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from model.arch import Arch
 from model.safetensors_io import check_weights, load_weights, materialize
-from model.tensor_folder import TensorFolder, confined
+from model.tensor_folder import TensorFolder, confined, fingerprint
 from parallel.local import run
 from runtime.errors import ModelError
 from tests.model.folders import LAYOUTS, prepared, shard, sizes_for, write_model
@@ -291,7 +291,33 @@ def test_links_may_lead_into_the_blobs_of_the_hub_cache_only(tmp_path):
 
 
 def test_an_index_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("model.tensor_folder.MAX_JSON", 100)
     split(write_model(tmp_path))
-    with pytest.raises(ModelError, match="is larger than"):
-        load(tmp_path)
+    monkeypatch.setattr("runtime.files.MAX_JSON", 100)
+    with pytest.raises(ModelError, match=r"index.json: is larger than"):
+        TensorFolder(tmp_path)
+
+
+def test_a_fingerprint_is_of_the_files_that_are_read(tmp_path):
+    """What only lies beside them changes nothing and is not opened."""
+    folder = write_model(tmp_path / "it")
+    for change in (lambda: None, lambda: split(folder)):
+        change()
+        before = fingerprint(folder, weights=True)
+        os.mkfifo(folder / "model-stray.safetensors")
+        (folder / "model-zero.safetensors").symlink_to("/dev/zero")
+        assert fingerprint(folder, weights=True) == before
+        load(folder)
+        for name in ("model-stray.safetensors", "model-zero.safetensors"):
+            (folder / name).unlink()
+    first = folder / "model-00001-of-00003.safetensors"
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert fingerprint(folder, weights=True) != before
+    first.unlink()
+    os.mkfifo(first)
+    with pytest.raises(ModelError, match=r"model-00001-of-00003.safetensors: is no regular file"):
+        fingerprint(folder, weights=True)
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("/proc/self/environ")
+    with pytest.raises(ModelError, match=r"config.json: is a link to"):
+        fingerprint(folder, weights=False)

@@ -6,6 +6,7 @@ And what PEFT would only warn about, or compute differently, is refused by name.
 from __future__ import annotations
 
 import json
+import os
 import warnings
 
 import pytest
@@ -15,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from model import build, load_pretrained
 from model.arch import Arch
 from model.config import LoraConfig
+from model.peft_format import CONFIG, STEM
 from model.safetensors_io import adapter_config, export_adapter, export_full, load_adapter, materialize
+from model.tensor_folder import fingerprint
 from model.transforms.lora import apply_lora
 from parallel.local import run
 from runtime.errors import ModelError
@@ -194,17 +197,25 @@ CONFIGS = {
     "some_new_idea": ({"on": True}, r"some_new_idea=.* is not supported"),
     "bias": ("all", r'bias="all" is not supported: trained biases change the base model$'),
     "init_lora_weights": ("pissa_niter_4", r'init_lora_weights="pissa_niter_4" is not supported: it changes the base weights; convert'),
-    "r": (0, r"r=0 must be an integer of at least 1"),
+    "r": (0, r"r=0 must be an integer from 1 to"),
     "lora_alpha": ("x", r'lora_alpha="x" must be a positive number'),
     "lora_dropout": (1, r"lora_dropout=1 must be at least 0 and below 1"),
     "target_modules": (["q_proj", 3], r"target_modules=.* must be a list of names"),
+    "target_modules, a number": (3, r"target_modules=3 must be a list of names or a pattern"),
+    "target_modules, an object": ({}, r"target_modules={} must be a list of names or a pattern"),
+    "modules_to_save": (5, r"modules_to_save=5 must be a list of names$"),
+    "modules_to_save, a text": ("lm_head", r'modules_to_save="lm_head" must be a list of names$'),
+    "use_rslora": ("no", r'use_rslora="no" must be true or false'),
+    "lora_alpha, huge": (10**400, r"lora_alpha=10*\.\.\. must be a positive number of a usable size"),
+    "lora_alpha, no number": (float("nan"), r"lora_alpha=NaN must be a positive number"),
+    "r, huge": (10**400, r"r=10*\.\.\. must be an integer from 1 to"),
 }
 
 
 @pytest.mark.parametrize("key", CONFIGS)
 def test_settings_that_are_refused(folder, adapter, key):
     value, message = CONFIGS[key]
-    edit_config(adapter, **{key: value})
+    edit_config(adapter, **{key.partition(",")[0]: value})
     with pytest.raises(ModelError, match=message) as error:
         load_pretrained(folder, adapter=adapter)
     assert "\n" not in str(error.value)
@@ -255,6 +266,25 @@ def test_tensors_that_are_refused(folder, adapter, case):
     with pytest.raises(ModelError, match=message) as error:
         load_pretrained(folder, adapter=adapter)
     assert "\n" not in str(error.value)
+
+
+def test_files_that_are_not_the_folders(folder, adapter, tmp_path):
+    config, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    (tmp_path / "elsewhere").mkdir()
+    for path in (config, weights):
+        moved = path.rename(tmp_path / "elsewhere" / path.name)
+        path.symlink_to(moved)
+        for attempt in (lambda: load_pretrained(folder, adapter=adapter), lambda: fingerprint(adapter, True, STEM, CONFIG)):
+            with pytest.raises(ModelError, match=f"{path.name}: is a link to .*, outside its folder"):
+                attempt()
+        path.unlink()
+        os.mkfifo(path)
+        for attempt in (lambda: load_pretrained(folder, adapter=adapter), lambda: fingerprint(adapter, True, STEM, CONFIG)):
+            with pytest.raises(ModelError, match=f"{path.name}: is no regular file"):
+                attempt()
+        path.unlink()
+        moved.rename(path)
+    load_pretrained(folder, adapter=adapter)
 
 
 def test_files_that_are_missing(folder, adapter):

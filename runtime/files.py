@@ -1,0 +1,117 @@
+"""Files that come from strangers: regular ones, inside the folder that was named, and no larger than is read.
+
+Standard library only: every package of the project may import this file.
+
+A folder of a model, an adapter or data may hold links. What is read may be quoted in an output, trained on or copied into an
+export, so a link must not lead to a file that its folder does not hold: only to another file inside the folder, or into the
+blobs of the hub cache the folder is in. A pipe would block whoever opens it and a device may never end, so neither is read.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from runtime.errors import ModelError, UserError
+
+MAX_JSON = 64 << 20  # bytes of an index or config
+MAX_FILE = 256 << 20  # bytes of any other file that is held in memory; the largest tokenizers have 35 MB
+MAX_TEMPLATE = 1 << 20  # bytes of a chat template
+
+
+def open_regular(path: str | Path, follow: bool = True) -> BinaryIO:
+    """Opens a regular file for reading bytes, and never waits for another process as opening a pipe does.
+
+    Raises:
+        OSError: as `open`, and for whatever is no regular file; `strerror` says what is wrong.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        return os.fdopen(fd, "rb")
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def inside(path: Path, folder: Path | None = None, error: type[UserError] = ModelError) -> Path:
+    """Where a file of `folder` (None: the folder it is named in) really lies.
+
+    Raises:
+        error: that is outside of the folder, or nowhere, or it is no regular file.
+    """
+    home, real = Path(os.path.realpath(folder or path.parent)), Path(os.path.realpath(path))
+    in_hub_cache = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+    if not real.is_relative_to(home) and not in_hub_cache:
+        raise error(f"is a link to {real}, outside its folder; use the folder that holds the file, or copy it", path)
+    try:
+        mode = os.stat(real).st_mode
+    except OSError as e:
+        what = "is a link to a file that does not exist" if os.path.islink(path) else f"cannot be read: {e.strerror}"
+        raise error(what, path) from None
+    if not stat.S_ISREG(mode):
+        raise error("is no regular file", path)
+    return real
+
+
+def has(folder: Path, name: str) -> bool:
+    """Is there a file of this name in the folder?
+
+    Raises:
+        ModelError: there is something, but not a regular file inside the folder.
+    """
+    if not os.path.lexists(folder / name):
+        return False
+    inside(folder / name)
+    return True
+
+
+def read(path: Path, limit: int = MAX_FILE, folder: Path | None = None) -> bytes:
+    """The bytes of a file of `folder` (None: the folder it is named in).
+
+    Raises:
+        ModelError: it is missing, larger than `limit`, no regular file, or lies outside of its folder.
+    """
+    real = inside(path, folder)
+    try:
+        with open_regular(real, follow=False) as file:
+            data = file.read(limit + 1)
+    except OSError as e:
+        raise ModelError(f"cannot be read: {e.strerror}", path) from None
+    if len(data) > limit:
+        raise ModelError(f"is larger than {limit >> 20} MiB; this is no such file", path)
+    return data
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object of bounded size without repeated keys, in a file of its folder (see `read`).
+
+    Raises:
+        ModelError: it is not one.
+    """
+
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a key is repeated")
+        return found
+
+    try:
+        values = json.loads(read(path, MAX_JSON).decode(), object_pairs_hook=once)
+    except (ValueError, RecursionError) as e:
+        raise ModelError(f"not readable as JSON: {e}", path) from None
+    if not isinstance(values, dict):
+        raise ModelError("must hold a JSON object", path)
+    return values
+
+
+def is_text(value: object) -> bool:
+    """Is it a string that can be written? JSON can also spell half of a surrogate pair."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
