@@ -160,8 +160,8 @@ def test_random_sequences_against_an_oracle(folder, monkeypatch, capsys):
             raise Dies
 
     def old(keep: int) -> list[int]:
-        """What retention deletes, in its order."""
-        kept = sorted((there - short) & healthy)[-keep:]
+        """What retention deletes, in its order. What is rotten does not count, and goes like any other: nobody has read it."""
+        kept = sorted((there - short - rotten) & healthy)[-keep:]
         return sorted((s for s in there - short - pins if len(kept) == keep and s < kept[0]), reverse=True)
 
     def tool_(*argv: object) -> int:
@@ -179,8 +179,8 @@ def test_random_sequences_against_an_oracle(folder, monkeypatch, capsys):
             seen, last = [], dice.randint(1, 18) if act == "die" else 0
             try:
                 aside = run_.begin(step)
-                record = store.write_file(aside / "data", b"%d" % step * 9)
-                store.write_manifest(aside, about | {"step": step, "healthy": well, "files": {"data": record}})
+                files = {name: store.write_file(aside / name, b"%d" % step * 9) for name in ("data", *store.LIMITS)}
+                store.write_manifest(aside, about | {"step": step, "healthy": well, "files": files})
                 run_.publish(aside, step)
                 run_.settle(keep)
                 died = False
@@ -214,7 +214,7 @@ def test_random_sequences_against_an_oracle(folder, monkeypatch, capsys):
         elif act == "verify":
             assert tool_("verify", folder, one) == (2 if one in short | rotten else 0)
         else:
-            whole = sorted(there - short, reverse=True)
+            whole = sorted(there - short - rotten, reverse=True)
             guarded = {one} & (pins | set(whole[:1]) | set([s for s in whole if s in healthy][:1]))
             code = tool_("rm", folder, one, *["--force"] * (act != "rm"))
             assert code == (2 if guarded and act == "rm" else 0)
@@ -477,7 +477,7 @@ def test_the_tool(folder, capsys):
     code, text = said("verify", folder)
     assert code == 2 and "step_3           damaged: state.json: contents were changed" in text and text.count("intact") == 3
     assert said("verify", folder, 1, 2)[0] == 0
-    for step, why in ((2, "is pinned"), (4, "is the newest complete checkpoint"), (9, "has no step_9")):
+    for step, why in ((2, "is pinned"), (4, "is the newest intact checkpoint"), (9, "has no step_9")):
         code, text = said("rm", folder, step)
         assert code == 2 and why in text and text.startswith("error: ") and text.count("\n") == 1
     assert said("rm", folder, 3, 1)[0] == 0
