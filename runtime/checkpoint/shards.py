@@ -369,7 +369,7 @@ def _payload(folder: Path, place: _StorageInfo, dtype: torch.dtype, sizes: torch
     with open(folder / place.relative_path, "rb") as file:
         found = torch.load(_create_file_view(file, place.offset, place.length), map_location="cpu", weights_only=True)
     if type(found) is not Tensor or found.layout != torch.strided or found.device.type != "cpu":
-        raise Refused(f"a {type(found).__name__} that is not plain is stored there")
+        raise Refused("something else than a plain tensor is stored")
     if found.dtype != dtype or found.shape != sizes:
         raise Refused(f"{found.dtype} {list(found.shape)} is stored, but {dtype} {list(sizes)} was written down")
     return found
