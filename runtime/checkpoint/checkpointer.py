@@ -176,9 +176,16 @@ class Checkpointer:
 
         Raises:
             ConfigError: the checkpoint is of another run (see `drift`); a path that is no checkpoint.
-            ModelError: there are checkpoints, but none is intact.
+            ModelError: there are checkpoints, but none is intact; what is gone back behind cannot be moved aside.
         """
-        policy = policy or self.cfg.resume
+        try:
+            return self._find(policy or self.cfg.resume)
+        except RankFailed as e:
+            if not e.storage:
+                raise
+            raise ModelError(f"cannot be resumed from: {e.text}", self.store.folder) from e
+
+    def _find(self, policy: str) -> Found | None:
         candidates, skipped = self.team.share(self.team.together(lambda: self._candidates(policy), only=0))
         found = None
         for path, manifest in candidates:

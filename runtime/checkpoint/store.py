@@ -318,7 +318,10 @@ class Store:
         look = _look(path)
         if look is None or self._intact.get(path.name) != look:
             self._intact.pop(path.name, None)
-            if self.problem(path) is not None or check_contents(path, read_manifest(path)["files"]):
+            try:
+                if verify(path)["step"] != step_of(path):
+                    return False
+            except Damaged:
                 return False
             self._intact[path.name] = look
         return True
@@ -464,7 +467,11 @@ class Store:
         at("supersede")
         target.mkdir(parents=True)
         if recorded:
-            shutil.copyfile(records, target / RECORDS)
+            try:
+                shutil.copyfile(records, target / RECORDS)
+            except OSError as e:
+                discard(target)
+                raise OSError(e.errno, e.strerror, str(target / RECORDS)) from None
         for path in paths:
             path.rename(target / path.name)
             if self.pinned(path):

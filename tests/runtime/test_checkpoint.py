@@ -430,6 +430,27 @@ def test_records_of_what_is_left_behind_are_kept(folder):
     assert [line.partition(" moved to ")[0] for line in said] == ["step_5", "no checkpoint, but the records so far,"]
 
 
+def test_records_that_cannot_be_kept_stop_the_run(folder):
+    """Nothing is moved, and nothing is left half copied."""
+
+    def work(rank, world):
+        ckpt = checkpointer(folder)
+        save(ckpt, 5, "fsdp2")
+        if rank == 0:
+            (folder / "metrics.jsonl").write_text('{"step": 5}\n')
+
+        def full(*paths):
+            raise OSError(28, "No space left on device")
+
+        store.shutil.copyfile = full
+        where = r"checkpoints: cannot be resumed from: .*/superseded_1/metrics\.jsonl: No space left on device$"
+        with pytest.raises(ModelError, match=where):
+            checkpointer(folder).find("never")
+
+    run(work, 2)
+    assert names(folder) == ["latest", "step_5"]
+
+
 def test_a_path_in_another_folder_starts_a_history_of_its_own(folder):
     def work(rank, world):
         other = checkpointer(folder / "a")
