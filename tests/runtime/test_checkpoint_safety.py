@@ -336,6 +336,8 @@ def test_a_payload_is_what_the_metadata_says(copy):
         assert said.keys() == kinds.keys()
         assert tensors[first].to_local()[:4].eq(0.25).all()
         assert all("/step_3/__0_0.distcp: checkpoint data cannot be read: layers.0.weight: " in text for text in said.values())
+        plain = [kind for kind, text in said.items() if "something else than a plain tensor is stored" not in text]
+        assert plain == ["float64", "shape", "rank", "nothing"]
         assert "torch.float64 [4, 6] is stored, but torch.float32 [4, 6] was written down" in said["float64"]
 
     run(work, 1)
