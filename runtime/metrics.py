@@ -20,10 +20,11 @@ import os
 import queue
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from runtime.errors import ConfigError, DataError, redact
+from runtime.errors import ConfigError, DataError, redact, shown
 
 QUEUE = 1000  # records a tracker may lag behind
 CLOSE_S = 30.0  # how long the end of a run waits for trackers
@@ -52,8 +53,11 @@ class Metrics:
         check_trackers(trackers)
         self.path, self._warn, self._lost = folder / "metrics.jsonl", warn, False
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab", buffering=0)
-        self._drop_torn_line()
+        if self.path.exists() and not self.path.is_file():  # opening a pipe would wait for its reader
+            raise DataError("is not a regular file; move it away, the run's records go there", self.path)
+        with _said_of(self.path):
+            self._file = self.path.open("ab", buffering=0)
+            self._drop_torn_line()
         about = {"config": _clean(config or {}), "project": redact(project), "name": redact(name or folder.resolve().name)}
         self._trackers = [_Feed(tracker, TRACKERS[tracker], folder / "trackers", about, warn) for tracker in trackers]
 
@@ -78,21 +82,28 @@ class Metrics:
             tracker.put(record)
 
     def rewind(self, step: int, evaluated: bool = True) -> None:
-        """Drops the records after `step`, for a run that resumes there; -1 drops all. `evaluated`: keep the evaluation at `step`."""
+        """Drops the records after `step`, for a run that resumes there; -1 drops all. `evaluated`: keep the evaluation at `step`.
 
-        def stays(record: dict | None) -> bool:
+        Raises:
+            DataError: a record's step is no number, or the file cannot be written.
+        """
+
+        def stays(record: dict | None, number: int) -> bool:
             at = (record or {}).get("step", step)
+            if not isinstance(at, int | float):
+                raise DataError(f"step={shown(at)} is not a number; mend or remove that line", self.path, number)
             return record is not None and at <= step and (evaluated or at < step or "eval_loss" not in record)
 
-        kept = [line for line in _lines(self.path) if stays(_parsed(line))]
+        kept = [line for number, line in enumerate(_lines(self.path), 1) if step >= 0 and stays(_parsed(line), number)]
         aside = self.path.with_suffix(".jsonl.tmp")
-        with open(aside, "wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        self._file.close()
-        os.replace(aside, self.path)
-        self._file = self.path.open("ab", buffering=0)
+        with _said_of(self.path):
+            with open(aside, "wb") as file:
+                file.writelines(kept)
+                file.flush()
+                os.fsync(file.fileno())
+            self._file.close()
+            os.replace(aside, self.path)
+            self._file = self.path.open("ab", buffering=0)
         for tracker in self._trackers:
             tracker.resumed_at = step
 
@@ -125,6 +136,14 @@ def read(path: str | Path) -> list[dict]:
     return records
 
 
+@contextmanager
+def _said_of(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise DataError(f"cannot be written: {e.strerror or e}", path) from None
+
+
 def _lines(path: Path) -> list[bytes]:
     return path.read_bytes().splitlines(keepends=True)
 
@@ -133,7 +152,7 @@ def _parsed(line: bytes) -> dict | None:
     """The record of a line; None if it is torn."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 

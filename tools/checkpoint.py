@@ -2,8 +2,10 @@
 
     python -m tools.checkpoint ls     RUN            what is there: step, size, ranks, when written, complete or why not
     python -m tools.checkpoint verify RUN [STEP...]  reads every byte (or those of some steps) and compares it with the manifest
-    python -m tools.checkpoint rm     RUN STEP...    deletes; not the newest complete one or a pinned one, unless with --force
+    python -m tools.checkpoint rm     RUN STEP...    deletes; not the newest intact one or a pinned one, unless with --force
     python -m tools.checkpoint pin    RUN STEP...    keeps them when old ones are pruned; --off undoes it
+
+`rm` reads the newest checkpoints until it has found an intact one, and deletes nothing while a run is writing there.
 
 RUN is the output folder of a run. Exit code 0, or 2 if something is damaged or refused. Needs no torch.
 """
@@ -23,19 +25,28 @@ from tools import command
 
 
 def ls(run: Store) -> int:
-    latest = run.folder / "latest"
-    newest = latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
+    newest = _latest(run)
     for path in run.steps():
-        problem = run.problem(path)
         notes = ["pinned"] * run.pinned(path) + ["latest"] * (path.name == newest)
-        if problem:
-            print(f"{path.name:<16} damaged: {problem}")
+        try:
+            if problem := run.problem(path):
+                raise Damaged(problem)
+            manifest, healthy = store.read_manifest(path), store.is_healthy(path)
+        except Damaged as e:  # a run that is under way may delete it between two looks
+            print(f"{path.name:<16} damaged: {e}")
             continue
-        manifest = store.read_manifest(path)
-        notes += ["saved between bad steps"] * (not store.is_healthy(path))
+        notes += ["saved between bad steps"] * (not healthy)
         size = size_text(sum(record["size"] for record in manifest["files"].values()))
         print(f"{path.name:<16} {size:>10}  {manifest['layout']['world']} ranks  {manifest['written']}  {', '.join(notes)}".rstrip())
     return 0
+
+
+def _latest(run: Store) -> str | None:
+    """What `latest` names; None if it is nothing that a run has written."""
+    try:
+        return store.read_small(run.folder / "latest", 1 << 10).decode("utf-8").strip()
+    except (OSError, ValueError):
+        return None
 
 
 def verify(run: Store, paths: list[Path]) -> int:
@@ -53,16 +64,29 @@ def verify(run: Store, paths: list[Path]) -> int:
 
 
 def rm(run: Store, paths: list[Path], force: bool) -> int:
-    newest = run.complete()[:1] + run.healthy()[:1]
-    for path in paths:
-        if not force and (run.pinned(path) or path in newest):
-            why = "is pinned" if run.pinned(path) else f"is the newest {'complete' if path == newest[0] else 'healthy'} checkpoint"
-            raise ModelError(f"{why}; add --force to delete it all the same", path)
-    for path in paths:
-        run.remove(path)
-        print(f"{path.name:<16} deleted")
-    run.point()
+    run.claim(patience_s=0)
+    try:
+        guarded = {} if force else _guarded(run, paths)
+        for path in paths:
+            if path in guarded:
+                raise ModelError(f"{guarded[path]}; add --force to delete it all the same", path)
+        for path in paths:
+            run.remove(path)
+            print(f"{path.name:<16} deleted")
+        run.point()
+    finally:
+        run.release()
     return 0
+
+
+def _guarded(run: Store, paths: list[Path]) -> dict[Path, str]:
+    """What must stay, and why: the pinned, and the newest that every byte of is intact, of all and of the healthy ones."""
+    guarded = {}
+    if any(run.problem(path) is None for path in paths):  # else nothing is deleted that a run could resume from
+        for kind, candidates in (("healthy", run.healthy()), ("intact", run.complete())):
+            newest = next(filter(run.is_intact, candidates), None)
+            guarded |= {newest: f"is the newest {kind} checkpoint"} if newest else {}
+    return guarded | {path: "is pinned" for path in paths if run.pinned(path)}
 
 
 def pin(run: Store, paths: list[Path], on: bool) -> int:
@@ -77,7 +101,7 @@ def _paths(run: Store, steps: Sequence[int]) -> list[Path]:
     for step in steps:
         if step not in there:
             raise ModelError(f"has no step_{step}; there are {', '.join(p.name for p in run.steps()) or 'no checkpoints'}", run.folder)
-    return [there[step] for step in steps]
+    return [there[step] for step in dict.fromkeys(steps)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("run", type=Path, metavar="RUN", help="output folder of a run")
         if some:
             command.add_argument("steps", type=int, nargs=some, metavar="STEP")
-    commands.choices["rm"].add_argument("--force", action="store_true", help="also the newest complete or a pinned one")
+    commands.choices["rm"].add_argument("--force", action="store_true", help="also the newest intact or a pinned one")
     commands.choices["pin"].add_argument("--off", action="store_true", help="no longer pinned")
     return parser
 
@@ -103,6 +127,8 @@ def main(argv: Sequence[str]) -> int:
         return ls(run)
     paths = _paths(run, args.steps)
     if args.command == "verify":
+        if not run.steps():
+            raise ModelError("holds no checkpoints: there is nothing to verify", run.folder)
         return verify(run, paths or run.steps())
     return rm(run, paths, args.force) if args.command == "rm" else pin(run, paths, not args.off)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import errno
 import json
+import math
 import platform
 import socket
 import threading
@@ -24,7 +25,7 @@ from torch import Tensor
 from runtime.checkpoint import drift, shards, store
 from runtime.checkpoint.store import Damaged, Say, Store, size_text
 from runtime.checkpoint.team import RankFailed, Team
-from runtime.errors import ConfigError, ModelError
+from runtime.errors import ConfigError, ModelError, clean
 
 _SLACK = 16 << 20  # bytes beside the tensors: metadata, random states, the manifest
 
@@ -60,9 +61,9 @@ class Found:
         """
         path = self.path / "state.json"
         try:
-            state = json.loads(path.read_text(encoding="utf-8"))
+            state = json.loads(store.read_small(path, store.LIMITS[path.name]).decode("utf-8"))
         except (OSError, ValueError, RecursionError) as e:
-            raise ModelError(f"is not one of ours: {e}", path) from None
+            raise ModelError(f"is not one of ours: {getattr(e, 'strerror', None) or e}", path) from None
         if not isinstance(state, dict):
             raise ModelError("is not one of ours: it must hold a JSON object", path)
         return state
@@ -71,9 +72,18 @@ class Found:
         """`state` over `fresh`, which has a value of each kind: numbers, None where there may be none, objects of those.
 
         Raises:
-            ModelError: it is of another kind.
+            ModelError: it is of another kind, out of the range that a run can reach, or of another step than the manifest.
         """
-        return _over(fresh, self.state, self.path / "state.json")
+        path = self.path / "state.json"
+        state = _over(fresh, self.state, path)
+        if state["step"] != self.step:
+            raise ModelError(f"is not one of ours: step={state['step']}, but the checkpoint is of step {self.step}", path)
+        return state
+
+
+_MOST = {"packs_per_step": (1, 10**6)}  # from, to
+_COUNT = (0, 1 << 53)  # all others: far from where sums leave int64, and exact in every reader of JSON
+_MEASURED = ("best", "loss")  # what training makes of numbers may be NaN or infinite; whatever else is saved is not
 
 
 def _over(fresh: dict[str, Any], given: dict[str, Any], path: Path, within: str = "") -> dict[str, Any]:
@@ -82,18 +92,23 @@ def _over(fresh: dict[str, Any], given: dict[str, Any], path: Path, within: str 
         like, name = fresh.get(key, ...), f"{within}{key}"
         if isinstance(like, dict) and isinstance(value, dict):
             value = _over(like, value, path, f"{name}.")
-        elif not _alike(like, value):
-            raise ModelError(f"is not one of ours: {name}={json.dumps(value)[:40]}", path)
+        elif not _alike(key, like, value):
+            raise ModelError(f"is not one of ours: {clean(name, 40)}={clean(json.dumps(value), 40)}", path)
         found[key] = value
     return found
 
 
-def _alike(like: object, value: object) -> bool:
+def _alike(key: str, like: object, value: object) -> bool:
     if isinstance(like, bool) or isinstance(value, bool):
         return type(like) is type(value)
     if isinstance(like, int):
-        return isinstance(value, int) and value >= 0
-    return (isinstance(like, float) or like is None) and (isinstance(value, int | float) or value is like)
+        low, high = _MOST.get(key, _COUNT)
+        return isinstance(value, int) and low <= value <= high
+    if isinstance(value, int):
+        return (isinstance(like, float) or like is None) and abs(value) <= _COUNT[1]
+    if isinstance(value, float):
+        return (isinstance(like, float) or like is None) and (key in _MEASURED or 0 <= value < math.inf)
+    return like is None and value is None
 
 
 @dataclass(frozen=True)
@@ -161,9 +176,16 @@ class Checkpointer:
 
         Raises:
             ConfigError: the checkpoint is of another run (see `drift`); a path that is no checkpoint.
-            ModelError: there are checkpoints, but none is intact.
+            ModelError: there are checkpoints, but none is intact; what is gone back behind cannot be moved aside.
         """
-        policy = policy or self.cfg.resume
+        try:
+            return self._find(policy or self.cfg.resume)
+        except RankFailed as e:
+            if not e.storage:
+                raise
+            raise ModelError(f"cannot be resumed from: {e.text}", self.store.folder) from e
+
+    def _find(self, policy: str) -> Found | None:
         candidates, skipped = self.team.share(self.team.together(lambda: self._candidates(policy), only=0))
         found = None
         for path, manifest in candidates:
@@ -179,6 +201,8 @@ class Checkpointer:
                 self._say(note)
         if found is not None:
             ours = found.path.parent == self.store.folder.resolve()
+            if ours:
+                self.store.trust(found.path)
             self._origin = found.manifest["origin"] if ours and not self._begins_at(policy, found) else _origin(found)
             self._last = Outcome(found.step, found.path) if ours else None
         return found
@@ -249,8 +273,9 @@ class Checkpointer:
             told += [f"differs from the checkpoint: {change}" for change in changes]
         ours = found is not None and found.path.parent == self.store.folder.resolve()
         behind = [p for p in self.store.steps() if not ours or store.step_of(p) > found.step]
-        if target := self.store.supersede(behind):
-            told.append(f"{', '.join(p.name for p in behind)} moved to {target}: this run continues without them")
+        if target := self.store.supersede(behind, afresh=policy == "never"):
+            names = ", ".join(p.name for p in behind) or "no checkpoint, but the records so far,"
+            told.append(f"{names} moved to {target}: this run continues without them")
         if found is not None:
             told.append(f"resuming from {found.path}")
         return told
@@ -275,9 +300,18 @@ class Checkpointer:
                 self._say(f"random states are derived anew: the checkpoint is of layout {found.layout}, this run has {self.layout}")
             return None
         try:
-            return self.team.together(lambda: safetensors.torch.load_file(found.path / _rng_file(self.team.rank)))
+            return self.team.together(lambda: self._own_rng(found))
         except RankFailed as e:
             raise ModelError(str(e), found.path) from e
+
+    def _own_rng(self, found: Found) -> dict[str, Tensor]:
+        name = _rng_file(self.team.rank)
+        if name not in found.manifest["files"]:
+            raise ModelError(f"holds no {name}", found.path)
+        try:
+            return safetensors.torch.load(store.read_small(found.path / name, _SLACK))
+        except Exception as e:  # safetensors raises its own kind, and others for dtypes it does not know
+            raise ModelError(f"cannot be read: {clean(e)}", found.path / name) from e
 
     # -------------------------------------------------------------------------------------------------------------- save
 

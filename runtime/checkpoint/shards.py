@@ -8,9 +8,10 @@ name so that replicas share the work and each copies to the host only what it wr
 rank that has them; DCP picks one.
 
 Reading trusts nothing. DCP unpickles `.metadata` freely (torch 2.13), which runs whatever a stranger put in there. Here it is
-unpickled into inert records by an unpickler that knows nine names (`ALLOWED`), then checked and rebuilt field by field: entries
-that are not tensors, files outside the folder and chunks that do not fill their tensor are refused. Tensor data goes
-through `torch.load(weights_only=True)`.
+unpickled into inert records by an unpickler that knows nine names (`ALLOWED`), after a look at its opcodes (`_scan`), then
+checked and rebuilt field by field: entries that are not tensors, files outside the folder and chunks that do not tile their
+tensor are refused. Tensor data goes through `torch.load(weights_only=True)` and must be what the metadata says of it. What is
+copied is counted: a load that leaves an element unassigned fails.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import errno
 import io
 import math
 import pickle
+import pickletools
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,16 +31,18 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.utils import _create_file_view
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from runtime.checkpoint import store
-from runtime.errors import ModelError
+from runtime.errors import ModelError, clean, shown
 
 METADATA = ".metadata"
 
@@ -172,9 +176,14 @@ _RECORDS = {
     _DCP + name
     for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "TensorProperties", "TensorStorageMetadata")
 } | {"torch.distributed.checkpoint.filesystem._StorageInfo"}
-# stand-ins for what is called with plain values: torch.Size((2, 3)), _get_layout("torch.strided"), _MEM_FORMAT_ENCODING(0)
-_CALLS = {"torch.Size": tuple, "torch.serialization._get_layout": str, _DCP + "_MEM_FORMAT_ENCODING": int}
+# called with plain values, which nobody here asks for: _get_layout("torch.strided"), _MEM_FORMAT_ENCODING(0)
+_RECORDS |= {"torch.serialization._get_layout", _DCP + "_MEM_FORMAT_ENCODING"}
+_CALLS = {"torch.Size": tuple}  # torch.Size((2, 3))
 ALLOWED = _RECORDS | set(_CALLS)
+# what pickle's protocols 4 and 5 write for dicts, lists, tuples, strings, numbers and objects of these
+_OPCODES = {"PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINGET", "LONG_BINGET", "STACK_GLOBAL", "NEWOBJ", "REDUCE", "BUILD"}
+_OPCODES |= {"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE"}
+_OPCODES |= {"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS"}
 
 
 class Refused(Exception):
@@ -185,6 +194,9 @@ class _Record:
     """Stands for one of DCP's dataclasses while unpickling: keeps its fields, does nothing."""
 
     fields: Any = None
+
+    def __init__(self, *values: Any):
+        pass
 
     def __setstate__(self, state: Any) -> None:
         self.fields = state
@@ -206,6 +218,24 @@ class _Unpickler(pickle.Unpickler):
         raise Refused(f"it asks for {full}")
 
 
+def _scan(data: bytes) -> None:
+    """Looks at a pickle's opcodes before any is carried out: only those that pickle writes for such metadata, each within its data.
+
+    So the memo grows by one an opcode (one that names its place in the memo makes a table as long as it likes), and a tuple is
+    in one place only (tuples of tuples, each twice in the next, take forever to hash or print).
+    """
+    tuples, memoized, before = set(), 0, ""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name not in _OPCODES:
+            raise Refused(f"it has the opcode {opcode.name}")
+        if opcode.name == "MEMOIZE":
+            tuples |= {memoized} if before.startswith("TUPLE") else set()
+            memoized += 1
+        elif opcode.name in ("BINGET", "LONG_BINGET") and (argument in tuples or argument >= memoized):
+            raise Refused(f"it takes {argument} from its memo")
+        before = opcode.name
+
+
 def _fields(value: Any, kind: str) -> Any:
     if not isinstance(value, _Record) or type(value).__name__ != kind or not isinstance(value.fields, (dict, tuple)):
         raise Refused(f"{type(value).__name__} where {kind} belongs")
@@ -213,8 +243,8 @@ def _fields(value: Any, kind: str) -> Any:
 
 
 def _size(value: Any) -> torch.Size:
-    if not isinstance(value, tuple) or not all(type(n) is int and n >= 0 for n in value):
-        raise Refused(f"{value!r} is not a size")
+    if not isinstance(value, tuple) or len(value) > 64 or not all(type(n) is int and 0 <= n < 1 << 63 for n in value):
+        raise Refused(f"a {type(value).__name__} that is not a size")
     return torch.Size(value)
 
 
@@ -229,6 +259,7 @@ def parse_metadata(data: bytes, files: Mapping[str, dict]) -> Metadata:
         Refused: it is not the metadata of a set of whole tensors in these files.
     """
     try:
+        _scan(data)
         return _rebuild(_fields(_Unpickler(data).load(), "Metadata"), files)
     except Refused:
         raise
@@ -240,20 +271,25 @@ def _rebuild(raw: dict, files: Mapping[str, dict]) -> Metadata:
     where = {}
     for key, value in raw["storage_data"].items():
         key, value = _fields(key, "MetadataIndex"), _fields(value, "_StorageInfo")
-        name, start, length = value["relative_path"], value["offset"], value["length"]
+        name, start, length, of = value["relative_path"], value["offset"], value["length"], key["fqn"]
+        if not isinstance(of, str) or not isinstance(name, str):
+            raise Refused(f"a {type(of).__name__} lies in a {type(name).__name__}, where both have names")
         if name not in files:
-            raise Refused(f"it names a file that is not of this checkpoint: {name!r}")
+            raise Refused(f"it names a file that is not of this checkpoint: {shown(name)}")
         if not (type(start) is type(length) is int and start >= 0 and length >= 0 and start + length <= files[name]["size"]):
-            raise Refused(f"{key['fqn']} lies outside {name}")
+            raise Refused(f"{of} lies outside {name}")
         if value.get("transform_descriptors"):
-            raise Refused(f"{key['fqn']} is stored through a transform")
-        where[MetadataIndex(key["fqn"], _size(key["offset"]))] = _StorageInfo(name, start, length)
-    tensors = {}
+            raise Refused(f"{of} is stored through a transform")
+        index = MetadataIndex(of, _size(key["offset"]))
+        if index in where:
+            raise Refused(f"a chunk of {of} is in two places")
+        where[index] = _StorageInfo(name, start, length)
+    tensors, left = {}, len(where)
     for name, value in raw["state_dict_metadata"].items():
         value = _fields(value, "TensorStorageMetadata")
         size, dtype = _size(value["size"]), _fields(value["properties"], "TensorProperties")[0]
         if not isinstance(name, str) or not isinstance(dtype, torch.dtype):
-            raise Refused(f"{name!r} has no dtype")
+            raise Refused("a tensor has no name or no dtype")
         chunks = []
         for chunk in value["chunks"]:
             chunk = _fields(chunk, "ChunkStorageMetadata")
@@ -263,10 +299,36 @@ def _rebuild(raw: dict, files: Mapping[str, dict]) -> Metadata:
                 raise Refused(f"a chunk of {name} lies outside its size {tuple(size)}")
             if MetadataIndex(name, chunks[-1].offsets) not in where:
                 raise Refused(f"a chunk of {name} is in no file")
-        if sum(math.prod(c.sizes) for c in chunks) != math.prod(size):
+            if len(chunks) > left:
+                raise Refused(f"{name} has more chunks than there are")
+        left -= len(chunks)
+        if not _tile(chunks, size):
             raise Refused(f"the chunks of {name} do not make up its size {tuple(size)}")
         tensors[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
     return Metadata(tensors, storage_data=where)
+
+
+def _tile(chunks: Sequence[ChunkStorageMetadata], size: torch.Size, dim: int = 0) -> bool:
+    """Is every element of a tensor in one of the chunks, and in no other?
+
+    Chunks of DTensors are made by cutting one dimension after the other: those that share an interval of the first dimension are
+    cut alike in the others, and the intervals follow each other.
+    """
+    if dim == 0:
+        if not math.prod(size):
+            return all(not math.prod(chunk.sizes) for chunk in chunks)
+        chunks = [chunk for chunk in chunks if math.prod(chunk.sizes)]
+    if dim == len(size):
+        return len(chunks) == 1
+    slabs: dict[tuple[int, int], list[ChunkStorageMetadata]] = {}
+    for chunk in chunks:
+        slabs.setdefault((chunk.offsets[dim], chunk.sizes[dim]), []).append(chunk)
+    end = 0
+    for (offset, length), slab in sorted(slabs.items(), key=lambda item: item[0]):
+        if offset != end or not _tile(slab, size, dim + 1):
+            return False
+        end += length
+    return end == size[dim]
 
 
 def read(folder: Path, files: Mapping[str, dict], tensors: Mapping[str, Tensor]) -> None:
@@ -280,19 +342,37 @@ def read(folder: Path, files: Mapping[str, dict], tensors: Mapping[str, Tensor])
         ModelError: another set of names, another shape or dtype, or a file that cannot be trusted.
     """
     try:
-        metadata = parse_metadata((folder / METADATA).read_bytes(), files)
+        metadata = parse_metadata(store.read_small(folder / METADATA, store.LIMITS[METADATA]), files)
     except (OSError, Refused) as e:
-        raise ModelError(f"checkpoint metadata refused: {e}", folder / METADATA) from None
+        raise ModelError(f"checkpoint metadata refused: {clean(getattr(e, 'strerror', None) or e)}", folder / METADATA) from None
     _check_match(folder, metadata.state_dict_metadata, tensors)
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), metadata, is_coordinator=True)
-    reader = FileSystemReader(folder)
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
-    plan = planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
-    try:
-        reader.read_data(plan, planner).wait()
-    except (OSError, RuntimeError, AssertionError, pickle.UnpicklingError) as e:
-        raise ModelError(f"checkpoint data cannot be read: {e}", folder) from e
+    places, assigned = metadata.storage_data, dict.fromkeys(tensors, 0)
+    items = [(places[item.storage_index], item) for item in planner.create_local_plan().items]
+    for place, item in sorted(items, key=lambda pair: (pair[0].relative_path, pair[0].offset)):
+        name, entry = item.storage_index.fqn, metadata.state_dict_metadata[item.storage_index.fqn]
+        try:
+            chunk = _payload(folder, place, entry.properties.dtype, entry.chunks[item.storage_index.index].sizes)
+            planner.resolve_tensor(item).detach().copy_(narrow_tensor_by_index(chunk, item.storage_offsets, item.lengths))
+        except Exception as e:  # whatever a stranger's bytes make torch raise
+            raise ModelError(f"checkpoint data cannot be read: {name}: {clean(e)}", folder / place.relative_path) from e
+        assigned[name] += math.prod(item.lengths)
+    for name, t in tensors.items():
+        mine = (t.to_local() if isinstance(t, DTensor) else t).numel()
+        if assigned[name] != mine:
+            raise ModelError(f"checkpoint data cannot be read: {assigned[name]} of {mine} elements of {name} are there", folder)
+
+
+def _payload(folder: Path, place: _StorageInfo, dtype: torch.dtype, sizes: torch.Size) -> Tensor:
+    """One stored chunk, which is what the metadata says that it is."""
+    with open(folder / place.relative_path, "rb") as file:
+        found = torch.load(_create_file_view(file, place.offset, place.length), map_location="cpu", weights_only=True)
+    if type(found) is not Tensor or found.layout != torch.strided or found.device.type != "cpu":
+        raise Refused("something else than a plain tensor is stored")
+    if found.dtype != dtype or found.shape != sizes:
+        raise Refused(f"{found.dtype} {list(found.shape)} is stored, but {dtype} {list(sizes)} was written down")
+    return found
 
 
 def _check_match(folder: Path, saved: Mapping[str, TensorStorageMetadata], tensors: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,7 @@ step_<n>/            complete checkpoints, only ever made by a rename
     MANIFEST.json    every file's size and crc32, and what the checkpoint is; guarded by a crc32 of its own
 step_<n>.pin         an empty marker: never prune step <n>
 latest               a text file with the name of the newest checkpoint, for people and scripts; resuming ignores it
-superseded_<k>/      checkpoints that a resumed run has gone back behind; kept, but no longer looked at
+superseded_<k>/      checkpoints that a resumed run has gone back behind, and the records of that time; kept, but no longer looked at
 .tmp-* .trash-*      half written, half deleted; removed when a run starts
 .lock                held by the run that writes here
 """
@@ -24,6 +24,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ NEVER_PRUNED = 2
 _STEP = re.compile(r"step_(0|[1-9][0-9]*)")
 _SEAL = re.compile(rb'\{"crc32": "([0-9a-f]{8})",\n')
 _MANIFEST_KEYS = {"step": int, "written": str, "origin": (dict, type(None)), "layout": dict, "identity": dict, "config": dict}
+# what every checkpoint has and its reader takes into memory whole, with the most bytes of it that are: 300 a chunk, 100 a file, 1000
+LIMITS = {".metadata": 256 << 20, "state.json": 1 << 20}
+MANIFEST_LIMIT = 64 << 20
+RECORDS = "metrics.jsonl"  # of a run (runtime/metrics.py), beside its checkpoints folder
+_CRC = re.compile(r"[0-9a-f]{8}")
 _CHUNK = 1 << 22
 
 
@@ -118,6 +124,28 @@ def write_file(path: Path, data: bytes) -> dict[str, Any]:
     return file.record
 
 
+def read_small(path: Path, limit: int) -> bytes:
+    """Contents of a regular file. No link is followed, and nothing that would wait for a writer is waited for.
+
+    Raises:
+        OSError: it is something else, or has more than `limit` bytes.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError as e:
+        raise OSError(e.errno, "not a regular file", str(path)) if e.errno in (errno.ELOOP, errno.ENXIO) else e from None
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if found.st_size > limit:
+            raise OSError(errno.EFBIG, f"has {size_text(found.st_size)}, and at most {size_text(limit)} are read", str(path))
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(limit)
+    finally:
+        os.close(fd)
+
+
 def fsync_folder(path: Path) -> None:
     """Makes the names in a folder durable."""
     at("fsync_folder")
@@ -134,6 +162,8 @@ def fsync_folder(path: Path) -> None:
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """The manifest begins with the crc32 of all its bytes after the first line, so that no bit of it can turn unnoticed."""
     body = json.dumps(manifest, indent=1)[1:].lstrip().encode()
+    sizes = {name: record["size"] for name, record in manifest["files"].items()}
+    assert all(sizes.get(name, 0) <= limit for name, limit in LIMITS.items()) and len(body) < MANIFEST_LIMIT, "it would not be read again"
     write_file(folder / MANIFEST, f'{{"crc32": "{zlib.crc32(body):08x}",\n'.encode() + body)
 
 
@@ -144,7 +174,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         Damaged: it is missing, was changed, or is not of this folder.
     """
     try:
-        data = (folder / MANIFEST).read_bytes()
+        data = read_small(folder / MANIFEST, MANIFEST_LIMIT)
     except FileNotFoundError:
         raise Damaged(f"has no {MANIFEST}") from None
     except OSError as e:
@@ -155,18 +185,44 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(data)
         if manifest["format"] != FORMAT:
-            raise Damaged(f"has format {manifest['format']}, but this version reads format {FORMAT}")
+            raise Damaged(f"has format {json.dumps(manifest['format'])[:20]}, but this version reads format {FORMAT}")
         for name, record in manifest["files"].items():
-            if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or "\0" in name:
+            if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or not name.isprintable():
                 raise Damaged(f"{MANIFEST} names a file outside its folder: {name!r}")
-            if type(record["size"]) is not int or type(record["crc32"]) is not str:
+            if not _is_count(record["size"]) or not _CRC.fullmatch(record["crc32"]):
                 raise Damaged(f"{MANIFEST} has no size and crc32 for {name!r}")
         for key, kind in _MANIFEST_KEYS.items():
             if not isinstance(manifest[key], kind):
                 raise Damaged(f"{MANIFEST} has no {key}")
+        origin, layout = manifest["origin"], manifest["layout"]
+        fits = {
+            "step": _is_count(manifest["step"]),
+            "written": manifest["written"].isprintable() and len(manifest["written"]) < 80,
+            "origin": origin is None or (type(origin["path"]) is type(origin["id"]) is str and _is_count(origin["step"])),
+            "layout": layout["world"] and all(_is_count(size) and axis.isprintable() for axis, size in layout.items()),
+            "identity": not _is_deep(manifest["identity"]),
+            "config": not _is_deep(manifest["config"]),
+        }
+        if wrong := [key for key, fit in fits.items() if not fit]:
+            raise Damaged(f"{MANIFEST} has another kind of {wrong[0]} than ours")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise Damaged(f"{MANIFEST} is not one of ours ({type(e).__name__}: {e})") from None
+    for name, limit in LIMITS.items():
+        if name not in manifest["files"]:
+            raise Damaged(f"{MANIFEST} lists no {name}")
+        if manifest["files"][name]["size"] > limit:
+            raise Damaged(f"{name} has more than {size_text(limit)}")
     return manifest | {"id": manifest["crc32"]}
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _is_deep(value: object, levels: int = 24) -> bool:
+    """Whether JSON values lie deeper in each other than code that walks through them by recursion should go."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_is_deep(item, levels - 1) for item in inside)
 
 
 def check_sizes(folder: Path, files: dict[str, dict]) -> list[str]:
@@ -235,8 +291,9 @@ class Store:
     """The checkpoints folder of one run. Everything that changes it is called on rank 0 only."""
 
     def __init__(self, run: Path):
-        self.folder = run / "checkpoints"
+        self.run, self.folder = run, run / "checkpoints"
         self._lock: int | None = None
+        self._intact: dict[str, list] = {}  # by name: how the files looked (`_look`) when each byte of them was known
 
     def steps(self) -> list[Path]:
         """Published checkpoints, newest first, whether damaged or not."""
@@ -255,6 +312,23 @@ class Store:
     def healthy(self) -> list[Path]:
         """Those of `complete` that were not saved between bad steps (runtime/guard.py), newest first."""
         return [p for p in self.complete() if is_healthy(p)]
+
+    def is_intact(self, path: Path) -> bool:
+        """Is every byte as the manifest says? Read once: after that, and of what was written here, while the files look the same."""
+        look = _look(path)
+        if look is None or self._intact.get(path.name) != look:
+            self._intact.pop(path.name, None)
+            try:
+                if verify(path)["step"] != step_of(path):
+                    return False
+            except Damaged:
+                return False
+            self._intact[path.name] = look
+        return True
+
+    def trust(self, path: Path) -> None:
+        """Every byte of this checkpoint was just compared with its manifest, or counted while it was written."""
+        self._intact[path.name] = _look(path)
 
     def problem(self, path: Path) -> str | None:
         """Why a checkpoint is not complete, without reading its tensors; None if it is."""
@@ -295,6 +369,12 @@ class Store:
                 break
         self._lock = fd
 
+    def release(self) -> None:
+        """Gives the claim back."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
     def sweep(self) -> None:
         """Removes what dead runs left half written or half deleted. Only for the holder of the claim."""
         if self.folder.is_dir():
@@ -319,6 +399,7 @@ class Store:
         fsync_folder(folder)
         at("rename")
         folder.rename(self.path(step))  # fails on an existing checkpoint: it is not an empty folder
+        self.trust(self.path(step))
         return self.path(step)
 
     def settle(self, keep: int) -> None:
@@ -336,18 +417,27 @@ class Store:
         aside = self.folder / f".tmp-latest-{secrets.token_hex(4)}"
         write_file(aside, f"{newest.name}\n".encode())
         at("latest")
-        aside.rename(self.folder / "latest")
+        try:
+            aside.rename(self.folder / "latest")
+        except OSError as e:
+            discard(aside)
+            raise OSError(e.errno, e.strerror, str(self.folder / "latest")) from None
 
     # ---- retention
 
     def prune(self, keep: int) -> list[Path]:
-        """Deletes complete checkpoints older than the newest `keep` healthy ones; 0 keeps all. Damaged ones neither count nor go."""
-        if keep == 0:
+        """Deletes complete checkpoints older than the newest `keep` that are intact and healthy; 0 keeps all.
+
+        Nothing is deleted for the sake of a checkpoint whose bytes are not known to be good (`is_intact`), and nothing is read
+        unless something could be deleted.
+        """
+        needed, complete = max(keep, NEVER_PRUNED), self.complete()
+        if keep == 0 or len(complete) <= needed:
             return []
-        complete, healthy = self.complete(), self.healthy()[: max(keep, NEVER_PRUNED)]
-        if len(healthy) < max(keep, NEVER_PRUNED):
+        kept = list(islice(filter(self.is_intact, self.healthy()), needed))
+        if len(kept) < needed:
             return []
-        old = [p for p in complete if step_of(p) < step_of(healthy[-1]) and not self.pinned(p)]
+        old = [p for p in complete if step_of(p) < step_of(kept[-1]) and not self.pinned(p)]
         for path in old:
             self.remove(path)
         return old
@@ -361,16 +451,27 @@ class Store:
         at("delete")
         shutil.rmtree(trash)
 
-    def supersede(self, paths: Iterable[Path]) -> Path | None:
-        """Moves checkpoints out of the run's history, newest first so that what is left is always a history."""
-        paths = sorted(paths, key=step_of, reverse=True)
-        if not paths:
+    def supersede(self, paths: Iterable[Path], afresh: bool = False) -> Path | None:
+        """Moves checkpoints out of the run's history, newest first so that what is left is always a history.
+
+        The run's records of that time go with them as a copy, before anything is moved: what continues drops those of its undone
+        steps. `afresh`: it drops all of them, so they are copied even if there is no checkpoint to move.
+        """
+        paths, records = sorted(paths, key=step_of, reverse=True), self.run / RECORDS
+        recorded = records.is_file() and records.stat().st_size > 0
+        if not paths and not (afresh and recorded):
             return None
         number = 1
-        while (target := self.folder / f"superseded_{number}").exists():
+        while os.path.lexists(target := self.folder / f"superseded_{number}"):
             number += 1
         at("supersede")
-        target.mkdir()
+        target.mkdir(parents=True)
+        if recorded:
+            try:
+                shutil.copyfile(records, target / RECORDS)
+            except OSError as e:
+                discard(target)
+                raise OSError(e.errno, e.strerror, str(target / RECORDS)) from None
         for path in paths:
             path.rename(target / path.name)
             if self.pinned(path):
@@ -393,6 +494,15 @@ class Store:
         while not folder.exists():
             folder = folder.parent
         return shutil.disk_usage(folder).free
+
+
+def _look(folder: Path) -> list | None:
+    """What tells that files were written to: of each its name, size, time and inode. None where that cannot be seen."""
+    try:
+        seen = sorted((entry.name, entry.stat(follow_symlinks=False)) for entry in os.scandir(folder))
+    except OSError:
+        return None
+    return [(name, found.st_size, found.st_mtime_ns, found.st_ino) for name, found in seen]
 
 
 def discard(path: Path) -> None:

@@ -187,10 +187,11 @@ def test_checkpoints_between_bad_steps_do_not_push_healthy_ones_out(tmp_path):
 
     run = Store(tmp_path)
     run.folder.mkdir()
-    about = {"format": store.FORMAT, "written": "", "origin": None, "layout": {}, "identity": {}, "config": {}, "files": {}}
+    about = {"format": store.FORMAT, "written": "", "origin": None, "layout": {"world": 1}, "identity": {}, "config": {}}
     for step, healthy in enumerate([True, True, True, False, False, False, True, True], 1):
         aside = run.begin(step)
-        store.write_manifest(aside, about | {"step": step, "healthy": healthy})
+        files = {name: store.write_file(aside / name, b"{}") for name in store.LIMITS}
+        store.write_manifest(aside, about | {"step": step, "healthy": healthy, "files": files})
         run.publish(aside, step)
         run.settle(2)
         left = [int(p.name[5:]) for p in run.steps()]

@@ -141,6 +141,128 @@ def test_retention_never_takes_the_newest_two(folder):
     assert names(folder) == ["latest", "step_2", "step_3"]
 
 
+def rot(path) -> None:
+    """One bit of a tensor's file turns; sizes stay."""
+    file = path / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_retention_counts_what_was_verified(folder):
+    """A checkpoint that rots does not push an intact one out, however complete it looks; nor is a save the time to read them all again."""
+
+    def work(rank, world):
+        read, check = [], store.check_contents
+        store.check_contents = lambda path, files: read.append(path.name) or check(path, files)
+        ckpt = checkpointer(folder)
+        for step in (2, 4):
+            save(ckpt, step, "one")
+        rot(ckpt.store.path(4))
+        save(ckpt, 6, "one")
+        assert names(folder) == ["latest", "step_2", "step_4", "step_6"]  # two intact ones: 6 and 2
+        assert read.count("step_4") == 1 and set(read) == {"step_4"}
+        save(ckpt, 8, "one")
+        assert names(folder) == ["latest", "step_6", "step_8"] and set(read) == {"step_4"}
+        read.clear()
+        again = checkpointer(folder, keep=4)
+        assert resumed(again, "one") == 8
+        for step in (10, 12, 14):
+            save(again, step, "one")
+        assert names(folder) == ["latest", "step_10", "step_12", "step_14", "step_8"]
+        assert read == ["step_8"]  # to resume from it; what deletes the oldest was known then
+        third = checkpointer(folder, keep=4)
+        third.find()
+        read.clear()
+        for step in (16, 18):
+            save(third, step, "one")
+        return read
+
+    assert run(work, 1) == [["step_12", "step_10"]]  # once: they are of the four, and nobody in this process had read them
+
+
+def test_rm_leaves_something_intact(folder, capsys):
+    def work(rank, world):
+        ckpt = checkpointer(folder, keep=0)
+        for step in (2, 4, 6, 8):
+            ckpt.save(step, spread(whole(step), "one"), {}, {}, healthy=step != 4) or ckpt.wait()
+
+    def said(*argv) -> tuple[int, str]:
+        code = tool([str(a) for a in argv])
+        out = capsys.readouterr()
+        return code, out.out + out.err
+
+    run(work, 1)
+    at = Store(folder).path
+    rot(at(8))
+    rot(at(6))
+    assert "damaged" not in said("ls", folder)[1]  # it looks at sizes only
+    code, text = said("rm", folder, 4, 2)
+    assert code == 2 and text == f"error: {at(4)}: is the newest intact checkpoint; add --force to delete it all the same\n"
+    code, text = said("rm", folder, 2, 8)
+    assert code == 2 and text == f"error: {at(2)}: is the newest healthy checkpoint; add --force to delete it all the same\n"
+    assert len(Store(folder).steps()) == 4
+    assert said("rm", folder, 8, 6, 8) == (0, "step_8           deleted\nstep_6           deleted\n")
+    assert (folder / "checkpoints/latest").read_text() == "step_4\n"
+    assert said("rm", folder, 4, 2, "--force")[0] == 0 and names(folder) == []
+    nothing = "holds no checkpoints: there is nothing to verify"
+    assert said("verify", folder) == (2, f"error: {folder / 'checkpoints'}: {nothing}\n") and said("ls", folder) == (0, "")
+
+
+def test_rm_waits_for_no_run(folder, capsys):
+    def work(rank, world):
+        ckpt = checkpointer(folder, keep=0)
+        for step in (2, 4):
+            save(ckpt, step, "one")
+        pid = os.fork()
+        if pid == 0:
+            os._exit(tool(["rm", str(folder), "2"]))
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    assert run(work, 1) == [2]
+    assert names(folder) == ["latest", "step_2", "step_4"]
+    assert tool(["rm", str(folder), "2"]) == 0
+    assert run(lambda rank, world: resumed(checkpointer(folder), "one"), 1) == [4]  # this process holds the claim no longer
+    capsys.readouterr()
+
+
+def test_the_tool_meets_odd_folders(folder, capsys, monkeypatch):
+    """One line and code 2, never a traceback."""
+
+    def work(rank, world):
+        ckpt = checkpointer(folder, keep=0)
+        for step in (2, 4, 6):
+            save(ckpt, step, "one")
+
+    def said(*argv) -> tuple[int, str]:
+        code = tool([str(a) for a in argv])
+        out = capsys.readouterr()
+        return code, out.out + out.err
+
+    run(work, 1)
+    latest = folder / "checkpoints/latest"
+    latest.write_bytes(b"\xff\xfe")
+    code, text = said("ls", folder)
+    assert code == 0 and text.count("\n") == 3 and "latest" not in text
+    latest.unlink()
+    latest.mkdir()
+    assert said("ls", folder)[0] == 0
+    assert said("rm", folder, 2) == (2, f"step_2           deleted\nerror: {latest}: Is a directory\n")
+    assert names(folder) == ["latest", "step_4", "step_6"]
+    (folder / "checkpoints/step_4.pin").mkdir()
+    assert said("pin", folder, 4)[0] == 0
+    assert said("pin", folder, 4, "--off") == (2, f"error: {folder}/checkpoints/step_4.pin: Is a directory\n")
+
+    def read_only(*args, **kwargs):
+        raise OSError(30, "Read-only file system", str(folder / "checkpoints"))
+
+    for name in ("touch", "rename"):
+        monkeypatch.setattr(store.Path, name, read_only)
+    for argv in (("pin", folder, 6), ("rm", folder, 4, "--force")):
+        assert said(*argv) == (2, f"error: {folder}/checkpoints: Read-only file system\n")
+    assert len(Store(folder).steps()) == 2
+
+
 class Dies(BaseException):
     """Stands for the end of a process at a point of a save."""
 
@@ -160,8 +282,8 @@ def test_random_sequences_against_an_oracle(folder, monkeypatch, capsys):
             raise Dies
 
     def old(keep: int) -> list[int]:
-        """What retention deletes, in its order."""
-        kept = sorted((there - short) & healthy)[-keep:]
+        """What retention deletes, in its order. What is rotten does not count, and goes like any other: nobody has read it."""
+        kept = sorted((there - short - rotten) & healthy)[-keep:]
         return sorted((s for s in there - short - pins if len(kept) == keep and s < kept[0]), reverse=True)
 
     def tool_(*argv: object) -> int:
@@ -179,8 +301,8 @@ def test_random_sequences_against_an_oracle(folder, monkeypatch, capsys):
             seen, last = [], dice.randint(1, 18) if act == "die" else 0
             try:
                 aside = run_.begin(step)
-                record = store.write_file(aside / "data", b"%d" % step * 9)
-                store.write_manifest(aside, about | {"step": step, "healthy": well, "files": {"data": record}})
+                files = {name: store.write_file(aside / name, b"%d" % step * 9) for name in ("data", *store.LIMITS)}
+                store.write_manifest(aside, about | {"step": step, "healthy": well, "files": files})
                 run_.publish(aside, step)
                 run_.settle(keep)
                 died = False
@@ -214,7 +336,7 @@ def test_random_sequences_against_an_oracle(folder, monkeypatch, capsys):
         elif act == "verify":
             assert tool_("verify", folder, one) == (2 if one in short | rotten else 0)
         else:
-            whole = sorted(there - short, reverse=True)
+            whole = sorted(there - short - rotten, reverse=True)
             guarded = {one} & (pins | set(whole[:1]) | set([s for s in whole if s in healthy][:1]))
             code = tool_("rm", folder, one, *["--force"] * (act != "rm"))
             assert code == (2 if guarded and act == "rm" else 0)
@@ -277,6 +399,55 @@ def test_policies(folder):
     assert step == 10 and "step_12 moved to" in said[0]
     assert run(never, 2)[0] == (None, None)
     assert names(folder) == ["superseded_1", "superseded_2", "superseded_3"]
+
+
+def test_records_of_what_is_left_behind_are_kept(folder):
+    """A copy beside the checkpoints, before the run that goes on without them rewinds its own."""
+    records = folder / "metrics.jsonl"
+
+    def work(rank, world):
+        ckpt = checkpointer(folder)
+        for step in (5, 10):
+            save(ckpt, step, "one")
+        records.write_text('{"step": 5}\n{"step": 10}\n')
+        assert resumed(checkpointer(folder), "one") == 10
+        assert names(folder) == ["latest", "step_10", "step_5"]  # nothing is left behind
+        assert resumed(checkpointer(folder), "one", str(folder / "checkpoints/step_5")) == 5
+        said = []
+        assert checkpointer(folder, said).find("never") is None
+        records.write_text('{"step": 1}\n')
+        assert checkpointer(folder, said).find("never") is None
+        records.write_text("")
+        assert checkpointer(folder, said).find("never") is None
+        return said
+
+    (said,) = run(work, 1)
+    assert names(folder) == ["superseded_1", "superseded_2", "superseded_3"]
+    kept = {p.parent.name: p.read_text() for p in (folder / "checkpoints").glob("superseded_*/metrics.jsonl")}
+    both = '{"step": 5}\n{"step": 10}\n'
+    assert kept == {"superseded_1": both, "superseded_2": both, "superseded_3": '{"step": 1}\n'}
+    assert [line.partition(" moved to ")[0] for line in said] == ["step_5", "no checkpoint, but the records so far,"]
+
+
+def test_records_that_cannot_be_kept_stop_the_run(folder):
+    """Nothing is moved, and nothing is left half copied."""
+
+    def work(rank, world):
+        ckpt = checkpointer(folder)
+        save(ckpt, 5, "fsdp2")
+        if rank == 0:
+            (folder / "metrics.jsonl").write_text('{"step": 5}\n')
+
+        def full(*paths):
+            raise OSError(28, "No space left on device")
+
+        store.shutil.copyfile = full
+        where = r"checkpoints: cannot be resumed from: .*/superseded_1/metrics\.jsonl: No space left on device$"
+        with pytest.raises(ModelError, match=where):
+            checkpointer(folder).find("never")
+
+    run(work, 2)
+    assert names(folder) == ["latest", "step_5"]
 
 
 def test_a_path_in_another_folder_starts_a_history_of_its_own(folder):
@@ -477,7 +648,7 @@ def test_the_tool(folder, capsys):
     code, text = said("verify", folder)
     assert code == 2 and "step_3           damaged: state.json: contents were changed" in text and text.count("intact") == 3
     assert said("verify", folder, 1, 2)[0] == 0
-    for step, why in ((2, "is pinned"), (4, "is the newest complete checkpoint"), (9, "has no step_9")):
+    for step, why in ((2, "is pinned"), (4, "is the newest intact checkpoint"), (9, "has no step_9")):
         code, text = said("rm", folder, step)
         assert code == 2 and why in text and text.startswith("error: ") and text.count("\n") == 1
     assert said("rm", folder, 3, 1)[0] == 0

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import builtins
+import itertools
 import json
+import math
 import os
 import pickle
 import random
+import resource
 import shutil
+import struct
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,6 +27,7 @@ from runtime.checkpoint.checkpointer import Found
 from runtime.checkpoint.store import Damaged, Store
 from runtime.errors import ConfigError, ModelError
 from tests.runtime.saving import checkpointer, empty, hurt, resumed, run_folder, save
+from tools.checkpoint import main as tool
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +120,17 @@ def test_a_mixture_of_two_steps_cannot_be(copy):
 def reseal(path: Path) -> None:
     """Makes a forged checkpoint pass verification, as a stranger would."""
     manifest = json.loads((path / store.MANIFEST).read_bytes())
-    del manifest["crc32"]
-    (path / store.MANIFEST).unlink()
     for name in list(manifest["files"]):
         data = (path / name).read_bytes()
         manifest["files"][name] = {"size": len(data), "crc32": f"{store.zlib.crc32(data):08x}"}
-    store.write_manifest(path, manifest)
+    seal(path, manifest)
     store.verify(path)
+
+
+def seal(path: Path, manifest: dict) -> None:
+    """Puts this manifest, whatever it holds, in the place of a checkpoint's."""
+    body = json.dumps({key: value for key, value in manifest.items() if key != "crc32"}, indent=1)[1:].lstrip().encode()
+    (path / store.MANIFEST).write_bytes(f'{{"crc32": "{store.zlib.crc32(body):08x}",\n'.encode() + body)
 
 
 class Run:
@@ -130,6 +141,15 @@ class Run:
 
     def __reduce__(self):
         return self.call
+
+
+class Index(MetadataIndex):
+    """A key that equals no other, pickled as one of DCP's."""
+
+    __hash__, __eq__ = object.__hash__, object.__eq__
+
+    def __reduce__(self):
+        return MetadataIndex, (self.fqn, self.offset), {"fqn": self.fqn, "offset": self.offset, "index": None}
 
 
 def forge(path: Path, change) -> None:
@@ -156,6 +176,20 @@ def payloads(marker: Path) -> dict:
 
         return change
 
+    def moved(md):
+        """The second chunk lies over the first one's last rows: the sizes add up, the tensor's last rows are in none."""
+        old = next(k for k in md.storage_data if k.fqn == first and k.offset[0])
+        end = torch.Size([1, 0])
+        md.storage_data[MetadataIndex(first, end)] = md.storage_data.pop(old)
+        a, b = md.state_dict_metadata[first].chunks
+        assert a.sizes[0] > 1
+        md.state_dict_metadata[first].chunks = [a, ChunkStorageMetadata(end, b.sizes)]
+
+    def twice(md):
+        """One chunk under two keys, which are the same once they are rebuilt."""
+        old = next(k for k in md.storage_data if k.fqn == first)
+        md.storage_data = dict(md.storage_data) | {Index(first, old.offset): md.storage_data[old]}
+
     return {
         "in place of it all": lambda md: Run(os.system, f"touch {marker}"),
         "eval": lambda md: Run(eval, touch),
@@ -179,6 +213,12 @@ def payloads(marker: Path) -> dict:
         "chunk outside": chunks(lambda c: [ChunkStorageMetadata(torch.Size([100, 0]), c[0].sizes), c[1]]),
         "chunk missing": chunks(lambda c: c[:1]),
         "chunk of other rank": chunks(lambda c: [ChunkStorageMetadata(torch.Size([7]), torch.Size([6])), c[1]]),
+        "chunks that overlap": moved,
+        "chunk in two places": twice,
+        "a chunk over and over": chunks(lambda c: [c[0]] * 1000),
+        "a chunk of nothing beside": chunks(lambda c: [c[0], c[0]]),
+        "a huge size": lambda md: setattr(md.state_dict_metadata[first], "size", torch.Size([1 << 62, 1 << 62])),
+        "a long size": lambda md: setattr(md.state_dict_metadata[first], "size", torch.Size([1] * 100)),
         "chunk in no file": lambda md: md.storage_data.pop(next(k for k in md.storage_data if k.fqn == first)),
         "no metadata": lambda md: {"state": 1},
         "storage of nothing": lambda md: setattr(md, "storage_data", None),
@@ -197,7 +237,12 @@ def test_forged_metadata_runs_nothing_and_is_refused(copy):
         raw = {"truncated": good[".metadata"][:-5], "empty": b"", "old protocol": f"cos\nsystem\n(S'touch {marker}'\ntR.".encode()}
         # a class of ours may not be changed either: BUILD on the class itself, for all later uses
         raw["class"] = b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\n}X\x01\x00\x00\x00xK\x01sb."
+        raw["a table for the memo"] = b"\x80\x04Nr" + struct.pack("<I", 1 << 27) + b"."
+        raw["a string beyond the end"] = b"\x80\x04\x8e" + struct.pack("<Q", 3 << 30) + b"x."
+        raw["a key of doubled tuples"] = b"\x80\x04}N\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(60)) + b"Ns."
+        raw["a key of doubled tuples, put"] = b"\x80\x04}Nq\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60)) + b"Ns."
         for name in [*cases, *raw]:
+            begun = time.monotonic()
             for file, data in good.items():
                 (path / file).write_bytes(data)
             if name in raw:
@@ -211,13 +256,15 @@ def test_forged_metadata_runs_nothing_and_is_refused(copy):
                 ckpt.load(found, tensors)
             except ModelError as e:
                 refused[name] = str(e)
+            assert time.monotonic() - begun < 20, name
             assert not marker.exists(), name
         assert not (cases.keys() | raw.keys()) - refused.keys()
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 1.5 * 2**20  # KiB: the table alone would be 2 GiB
         assert all("metadata refused: " in text and str(path / ".metadata") in text for text in refused.values())
         assert all(torch.equal(a, b) for a, b in zip(tensors.values(), empty("one").values()))  # nothing was loaded either
         return len(refused)
 
-    assert run(work, 1) == [30]
+    assert run(work, 1) == [40]
     # the payloads are real: this one runs in DCP's own reader
     for file, data in good.items():
         (path / file).write_bytes(data)
@@ -246,6 +293,107 @@ def test_forged_tensor_data_runs_nothing(copy):
 
     run(work, 1)
     assert not marker.exists()
+
+
+def test_a_payload_is_what_the_metadata_says(copy):
+    """Other types, dtypes and shapes are named with their file, and nothing of them is converted."""
+    path, first = copy / "checkpoints/step_3", "layers.0.weight"
+    honest = {p: p.read_bytes() for p in path.iterdir()}
+    shape = (4, 6)
+
+    def work(rank, world):
+        kinds = {
+            "dict": {"a": 1},
+            "number": 3,
+            "None": None,
+            "float64": torch.full(shape, 7.0, dtype=torch.float64),
+            "shape": torch.zeros(3),
+            "rank": torch.zeros(1, *shape),
+            "sparse": torch.zeros(shape).to_sparse(),
+            "meta": torch.empty(shape, device="meta"),
+            "nothing": torch.zeros(0),
+        }
+        said = {}
+        for kind, stored in [*kinds.items(), ("fits", torch.full(shape, 0.25))]:
+            for file, data in honest.items():
+                file.write_bytes(data)
+
+            def put(md, stored=stored):
+                key = next(k for k in md.storage_data if k.fqn == first and not k.offset[0])
+                file = path / md.storage_data[key].relative_path
+                before = file.stat().st_size
+                with open(file, "ab") as out:
+                    torch.save(stored, out)
+                md.storage_data[key] = _StorageInfo(file.name, before, file.stat().st_size - before)
+
+            forge(path, put)
+            ckpt, tensors = checkpointer(copy), empty("one")
+            try:
+                ckpt.load(ckpt.find(), tensors)
+            except ModelError as e:
+                said[kind] = str(e)
+                assert bool((tensors[first].to_local() == 77).all()), kind
+        assert said.keys() == kinds.keys()
+        assert tensors[first].to_local()[:4].eq(0.25).all()
+        assert all("/step_3/__0_0.distcp: checkpoint data cannot be read: layers.0.weight: " in text for text in said.values())
+        plain = [kind for kind, text in said.items() if "something else than a plain tensor is stored" not in text]
+        assert plain == ["float64", "shape", "rank", "nothing"]
+        assert "torch.float64 [4, 6] is stored, but torch.float32 [4, 6] was written down" in said["float64"]
+
+    run(work, 1)
+
+
+def test_a_load_that_leaves_something_unassigned_fails(honest, monkeypatch):
+    """Whatever a planner forgets: what is copied is counted."""
+
+    def work(rank, world):
+        plan = shards.DefaultLoadPlanner.create_local_plan
+
+        def forgetful(self):
+            made = plan(self)
+            return type(made)([item for item in made.items if item.dest_index.fqn != "packed" or item.dest_offsets[0]])
+
+        shards.DefaultLoadPlanner.create_local_plan = forgetful
+        path = honest / "checkpoints/step_3"
+        with pytest.raises(ModelError, match=r"step_3: checkpoint data cannot be read: 8 of 20 elements of packed are there"):
+            shards.read(path, store.verify(path)["files"], empty("one"))
+
+    run(work, 1)
+
+
+def test_chunks_tile_or_are_refused():
+    """Cut as DTensors are, along one dimension after the other: any number of ways; and any of these with one chunk changed is none."""
+    dice = random.Random(3)
+
+    def cut(length: int) -> list[tuple[int, int]]:
+        ends = sorted({0, length, *(dice.randint(0, length) for _ in range(dice.randint(0, 3)))})
+        return [(a, b - a) for a, b in itertools.pairwise(ends)]
+
+    def chunk(place) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(torch.Size(a for a, _ in place), torch.Size(n for _, n in place))
+
+    wrong = 0
+    for _ in range(300):
+        size = torch.Size(dice.randint(1, 9) for _ in range(dice.randint(0, 3)))
+        places = list(itertools.product(*map(cut, size)))
+        dice.shuffle(places)
+        assert shards._tile([chunk(place) for place in places], size)
+        for changed in (places[1:], [*places, places[0]], [*places[1:], dice.choice(places)], shifted(places, size, dice)):
+            covered = Counter(point for place in changed for point in itertools.product(*(range(a, a + n) for a, n in place)))
+            whole = len(covered) == math.prod(size) and set(covered.values()) == {1}
+            assert shards._tile([chunk(place) for place in changed], size) == whole
+            wrong += not whole
+    assert wrong > 700
+    nothing = torch.Size((0, 4))
+    assert shards._tile([chunk([(0, 0), (0, 4)])] * 2, nothing) and shards._tile([], nothing)
+    assert shards._tile([chunk([(0, 2)]), chunk([(1, 0)])], torch.Size((2,)))  # one of nothing assigns nothing
+
+
+def shifted(places: list, size: torch.Size, dice: random.Random) -> list:
+    """One of the chunks moved along one dimension, within the tensor."""
+    which = dice.randrange(len(places))
+    moved = [(dice.randint(0, whole - n), n) for (_, n), whole in zip(places[which], size)]
+    return [*places[:which], moved, *places[which + 1 :]]
 
 
 @pytest.mark.parametrize("name", ["../step_1/state.json", "/etc/passwd", "..", "a\\b", "a/b"])
@@ -286,6 +434,105 @@ def test_a_manifest_of_another_kind(copy):
             store.verify(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m.update(origin={}), "is not one of ours (KeyError"),
+        (lambda m: m.update(origin={"path": 1, "step": 1, "id": ""}), "another kind of origin"),
+        (lambda m: m.update(layout={}), "is not one of ours (KeyError"),
+        (lambda m: m.update(layout={"world": "\x1b[31m"}), "another kind of layout"),
+        (lambda m: m.update(layout={"world": 0}), "another kind of layout"),
+        (lambda m: m.update(layout={"world": 1, "shard": None}), "another kind of layout"),
+        (lambda m: m.update(written="\x1b[31m\nall is well"), "another kind of written"),
+        (lambda m: m.update(written="long ago" * 10), "another kind of written"),
+        (lambda m: m.update(step=True), "another kind of step"),
+        (lambda m: m.update(step=1 << 63), "another kind of step"),
+        (lambda m: m.update(step=-1), "another kind of step"),
+        (lambda m: m.update(config=deep(25)), "another kind of config"),
+        (lambda m: m.update(identity=deep(25)), "another kind of identity"),
+        (lambda m: m.update(format={"a": "\x1b"}), 'has format {"a": "\\u001b"}'),
+        (lambda m: m["files"].update(x={"size": -5, "crc32": "00000000"}), "has no size and crc32 for 'x'"),
+        (lambda m: m["files"].update(x={"size": 0, "crc32": "0"}), "has no size and crc32 for 'x'"),
+        (lambda m: m["files"].update({"\x1b[31m": {"size": 0, "crc32": "00000000"}}), "names a file outside its folder: '\\x1b[31m'"),
+        (lambda m: m["files"].pop("state.json"), "lists no state.json"),
+        (lambda m: m["files"].pop(".metadata"), "lists no .metadata"),
+        (lambda m: m["files"][".metadata"].update(size=1 << 40), ".metadata has more than 256.0 MiB"),
+    ],
+)
+def test_a_manifest_that_others_sealed(copy, capsys, change, reason):
+    """Its values are of our kinds, or the checkpoint is damaged: for whoever resumes, and for the tool, in one line."""
+    path = copy / "checkpoints/step_3"
+    manifest = json.loads((path / store.MANIFEST).read_bytes())
+    seal(path, manifest)
+    store.verify(path)
+    change(manifest)
+    seal(path, manifest)
+    with pytest.raises(Damaged) as caught:
+        store.verify(path)
+    assert reason in str(caught.value)
+    assert tool(["ls", str(copy)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 3 and "\x1b" not in said and f"step_3           damaged: {caught.value}\n" in said
+    assert Store(copy).complete()[0].name == "step_2"
+
+
+def deep(levels: int):
+    return {"a": deep(levels - 1)} if levels else 1
+
+
+@pytest.mark.parametrize("name", [store.MANIFEST, "state.json", ".metadata"])
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder", "sparse"])
+def test_only_regular_files_of_a_usual_size_are_opened(copy, name, kind):
+    path = copy / "checkpoints/step_3"
+    victim = path / name
+    victim.rename(copy / "kept")
+    if kind == "pipe":
+        os.mkfifo(victim)  # opening it would wait for a writer
+    elif kind == "link":
+        victim.symlink_to(copy / "kept")
+    elif kind == "folder":
+        victim.mkdir()
+    else:
+        with open(victim, "wb") as file:
+            file.truncate(1 << 40)
+    with pytest.raises(Damaged, match=rf"{name}.*(not a regular file|has 1\.0 TiB|1099511627776 bytes instead)"):
+        store.verify(path)
+    files = store.read_manifest(copy / "checkpoints/step_2")["files"]
+    found = Found(path, 3, {"files": files})
+    if name == ".metadata":
+        with pytest.raises(ModelError, match=r"\.metadata: checkpoint metadata refused: (not a regular file|has 1\.0 TiB)"):
+            shards.read(path, files, {})
+    elif name == "state.json":
+        with pytest.raises(ModelError, match=r"state\.json: is not one of ours: (not a regular file|has 1\.0 TiB)"):
+            _ = found.state
+
+
+@pytest.mark.parametrize("damage", ["absent", "garbage", "pipe"])
+def test_a_random_state_of_another_kind(copy, damage):
+    path = copy / "checkpoints/step_3"
+    name = path / "rng_1.safetensors"
+
+    def work(rank, world):
+        ckpt = checkpointer(copy)
+        found = ckpt.find()
+        assert ckpt.rng(found)["cpu"].tolist() == [30 + rank] * 4
+        ckpt.team.total(0)
+        if rank == 0:
+            name.unlink()
+            if damage == "garbage":
+                name.write_bytes(b"x" * 50)
+            elif damage == "pipe":
+                os.mkfifo(name)
+        ckpt.team.total(0)
+        with pytest.raises(ModelError, match=r"step_3/rng_1\.safetensors: cannot be read: "):
+            ckpt.rng(found)
+        found.manifest["files"].pop(name.name)
+        with pytest.raises(ModelError, match=r"step_3: holds no rng_1\.safetensors"):
+            ckpt.rng(found)
+
+    run(work, 2)
+
+
 def test_the_reader_knows_what_honest_metadata_needs_and_no_more(honest):
     """A torch that pickles another name into its metadata, or no longer needs one, is noticed here."""
     asked = set()
@@ -303,7 +550,8 @@ def test_the_reader_knows_what_honest_metadata_needs_and_no_more(honest):
     assert asked - dtypes == shards.ALLOWED - never_written
 
 
-FRESH = {"step": 0, "evaluate": False, "early": {"best": None, "bad": 0}, "meters": {"loss": 0.0, "units": 0}}
+FRESH = {"step": 0, "evaluate": False, "packs_per_step": 4, "early": {"best": None, "bad": 0}}
+FRESH |= {"meters": {"loss": 0.0, "units": 0, "seconds": 0.0}}
 
 
 @pytest.mark.parametrize(
@@ -319,6 +567,17 @@ FRESH = {"step": 0, "evaluate": False, "early": {"best": None, "bad": 0}, "meter
         ({"early": {"worst": 1.0}}, "early.worst=1.0"),
         ({"meters": {"loss": None}}, "meters.loss=null"),
         ({"stop": 0}, "stop=0"),
+        ({"packs_per_step": 0}, "packs_per_step=0"),
+        ({"packs_per_step": 10**12}, "packs_per_step=1000000000000"),
+        ({"step": 1 << 63}, f"step={1 << 63}"),
+        ({"early": {"bad": 10**40}}, f"early.bad={str(10**40)[:37]}..."),
+        ({"early": {"best": 10**400}}, f"early.best={str(10**400)[:37]}..."),
+        ({"meters": {"loss": 10**400}}, f"meters.loss={str(10**400)[:37]}..."),
+        ({"meters": {"units": (1 << 53) + 1}}, f"meters.units={(1 << 53) + 1}"),
+        ({"meters": {"seconds": float("inf")}}, "meters.seconds=Infinity"),
+        ({"meters": {"seconds": -1.0}}, "meters.seconds=-1.0"),
+        ({"step": 6}, "step=6, but the checkpoint is of step 7"),
+        ({}, "step=0, but the checkpoint is of step 7"),
     ],
     ids=str,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -76,6 +77,46 @@ def test_resume_rewinds_what_comes_after(tmp_path):
     fresh = Metrics(tmp_path)
     fresh.rewind(-1)
     assert read(m.path) == []
+
+
+@pytest.mark.parametrize("step", ['"x"', "null", "[1]", "{}"])
+def test_a_step_that_is_no_number_is_named(tmp_path, step):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{{"step": {step}}}\n{{"step": 3}}\n')
+    m = Metrics(tmp_path)
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: step=.* is not a number; mend or remove that line$"):
+        m.rewind(3)
+    assert len(m.path.read_text().splitlines()) == 3
+    m.rewind(-1)  # which keeps none of them
+    assert m.path.read_text() == ""
+
+
+def test_a_line_of_many_brackets_is_torn(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + "[" * 10**5 + "\n")
+    Metrics(tmp_path).rewind(3)
+    assert read(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "no room"])
+def test_records_that_cannot_go_there(tmp_path, monkeypatch, kind):
+    path = tmp_path / "metrics.jsonl"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    if kind != "no room":
+        with pytest.raises(DataError, match=r"metrics\.jsonl: is not a regular file; move it away"):
+            Metrics(tmp_path)
+        return
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    m = Metrics(tmp_path)
+    m.write({"step": 1})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match=r"metrics\.jsonl: cannot be written: No space left on device"):
+        m.rewind(0)
+    assert read(path) == [{"step": 1}]
 
 
 def test_a_torn_line_does_not_run_into_the_next(tmp_path):
