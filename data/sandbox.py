@@ -201,11 +201,15 @@ class Environment(ImmutableSandboxedEnvironment):
         self.charge(_TURN)
 
     def each(self, items: Iterable) -> Iterator:
-        """The items, which are counted and paid for one by one."""
+        """The items, which are counted and paid for one by one, with the characters in them."""
+        characters = 0
         for number, item in enumerate(items):
             if number >= MAX_ELEMENTS:
                 raise SecurityError(f"a list has more than {MAX_ELEMENTS} elements")
             self.charge(_ELEMENT)
+            if isinstance(item, str):
+                characters += len(item)
+                self.characters(characters)
             yield item
 
     # -- sizes

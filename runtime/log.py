@@ -10,8 +10,9 @@ The console is stderr. Inside the `with`, what Python writes to stderr (warnings
 to the rank's file as well, and only rank 0 shows it. A crash leaves its traceback in the file; a rank other than 0 then
 says on the console only which file that is. What C++ libraries write to the file descriptor itself is not seen here.
 
-Secrets of the environment are replaced in all of it (`redact`). What could control the terminal is escaped in messages and in tracebacks,
-which quote names of strangers; what else is written to stderr reaches the console as it is. A full disk or a closed console stops the log, not the run.
+Secrets of the environment are replaced in all of it (`redact`). What could control the terminal is escaped in messages and
+tracebacks, which quote names of strangers; what else is written to stderr reaches the console as it is. A full disk or a closed
+console stops the log, not the run.
 """
 
 from __future__ import annotations

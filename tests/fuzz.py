@@ -685,7 +685,7 @@ def _child(kind: str, case: Case, number: int, last: int, seed: int, folder: Pat
             if "MemoryError" in str(error):
                 broken += 1
                 log(f"{kind} {number}: nothing but this test's limit bounded the memory: {error}")
-            if "\n" in str(error) or "\r" in str(error) or not str(error) or len(str(error)) > 2100:
+            if not str(error).isprintable() or not str(error) or len(str(error)) > 2100:
                 broken += 1
                 log(f"{kind} {number}: not one line: {str(error)[:300]!r}")
         except Wrong as error:
