@@ -6,7 +6,7 @@ import pytest
 
 from tests import fuzz
 
-SLICES = {"configs": 600, "data": 300, "safetensors": 600, "templates": 120}
+SLICES = {"configs": 600, "data": 300, "safetensors": 600, "templates": 80}
 
 
 @pytest.mark.parametrize("kind", SLICES)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from datetime import date
+from pathlib import Path
 
 import pytest
 from jinja2 import TemplateError
@@ -113,3 +115,9 @@ def test_the_sources_of_text_survive():
         template = environment.from_string(f"{{{{ {expression} }}}}")
         out = environment.concat(template.root_render_func(template.new_context({"m": mark("ab c ", 5)})))
         assert type(out) is Text and {source for *_, source in out.runs} == {5}, expression
+
+
+def test_the_docs_name_the_filters():
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    listed = re.findall(r"`(\w+)`", text.partition("use these filters:")[2].partition("; another one")[0])
+    assert listed == sorted(set(sandbox.Environment(TODAY).filters) - {"generation block"})
