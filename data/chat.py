@@ -2,10 +2,10 @@
 
 A chat template is a jinja program that comes with the model, so it is a stranger's program. It runs in jinja's immutable
 sandbox with the settings that transformers gives it (so the same text comes out), today's date replaced by a fixed one, and
-bounds on what it may produce and how long it may work. (Memory is bounded for all of a run's reading, in data/prepare.py.)
+bounds on what it may do (data/sandbox.py). (Memory is bounded for all of a run's reading, in data/prepare.py.)
 
-Which characters are trained. A template is rendered once per conversation, on messages whose strings are `Text`: strings in
-every respect, but each remembers which message it came from, through concatenation, slicing, stripping, splitting and the
+Which characters are trained. A template is rendered once per conversation, on messages whose strings are `Text` (data/text.py): strings
+in every respect, but each remembers which message it came from, through concatenation, slicing, stripping, splitting and the
 like. So the rendered text itself says where every message's text went, whatever the template did with it. A trained
 message then trains exactly what the model has to produce in its place:
 
@@ -25,256 +25,24 @@ that record, with the way out.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from datetime import date, datetime
-from datetime import time as midnight
+from collections.abc import Iterable, Sequence
+from datetime import date
 from pathlib import Path
-from time import thread_time
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes, pass_eval_context
-from jinja2.compiler import CodeGenerator
-from jinja2.ext import Extension
-from jinja2.filters import FILTERS
+from jinja2 import TemplateError, TemplateSyntaxError
 from jinja2.runtime import new_context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from data.sample import BadRecord
+from data.sandbox import GENERATION, Environment, Raised
+from data.text import join, mark
 from data.tokenizer import Tokenizer, read_template
 from runtime.errors import DataError, ModelError, clean
 
-MAX_OUTPUT = 16 << 20  # characters that a template may write; jinja's sandbox bounds range() to 100,000 by itself
-MAX_SECONDS = 1.0  # of this thread's processor, for one conversation; a long one takes some milliseconds
-MAX_BITS = 1 << 14  # of an integer
-GENERATION = -1  # the source of text inside {% generation %}
-_GENERATED = "generation block"  # the filter behind such a block; no template can write a name with a space
-_DICT = frozenset(dir(dict))
+MAX_TEMPLATE = 1 << 20  # characters of a template
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which a message's reasoning is passed
 
 Span = tuple[int, int]
-
-
-# ---------------------------------------------------------------------------------------------- text that knows its source
-
-
-class Text(str):
-    """A string and where its characters came from: `runs` of (begin, end, source), in order of creation.
-
-    What cannot be followed becomes a plain string, which has no source: then less is known, never something wrong.
-    """
-
-    __slots__ = ("runs",)
-    runs: tuple[tuple[int, int, int], ...]
-
-    def __new__(cls, text: str, runs: tuple[tuple[int, int, int], ...]):
-        self = str.__new__(cls, text)
-        self.runs = runs
-        return self
-
-    def __str__(self):
-        return self
-
-    def __add__(self, other):
-        if not isinstance(other, str):
-            return NotImplemented
-        return Text(str.__add__(self, other), self.runs + _moved(other, len(self)) if type(other) is Text else self.runs)
-
-    def __radd__(self, other):
-        return Text(str.__add__(other, self), _moved(self, len(other))) if isinstance(other, str) else NotImplemented
-
-    def __getitem__(self, key):
-        if isinstance(key, slice) and key.step in (None, 1):
-            begin, end, _ = key.indices(len(self))
-            return self._cut(begin, max(begin, end))
-        return self._whole(str.__getitem__(self, key))
-
-    def lstrip(self, chars=None):
-        return self._cut(len(self) - len(str.lstrip(self, chars)), len(self))
-
-    def rstrip(self, chars=None):
-        return self._cut(0, len(str.rstrip(self, chars)))
-
-    def strip(self, chars=None):
-        return self.rstrip(chars).lstrip(chars)
-
-    def _cut(self, begin: int, end: int) -> Text:
-        clipped = ((max(b, begin) - begin, min(e, end) - begin, s) for b, e, s in self.runs)
-        # A run may become empty where it is all there is: an empty message still has a place.
-        runs = tuple(run for run in clipped if run[0] < run[1] or (run[0] == run[1] and len(self.runs) == 1))
-        return Text(str.__getitem__(self, slice(begin, end)), runs)
-
-    def _whole(self, value):
-        """`value`, made of this text: of its source too, if it has exactly one."""
-        one = len(self.runs) == 1 and self.runs[0][:2] == (0, len(self))
-        return mark(value, self.runs[0][2]) if one else value
-
-
-def _moved(text: str, by: int) -> tuple[tuple[int, int, int], ...]:
-    """The runs of a text, if it has any, for a place that is `by` characters further on."""
-    return tuple([(begin + by, end + by, source) for begin, end, source in text.runs]) if type(text) is Text else ()
-
-
-def _follow(name: str):
-    method = getattr(str, name)
-
-    def call(self, *args, **kwargs):
-        return self._whole(method(self, *args, **kwargs))
-
-    return call
-
-
-_SPLITTING = ("split", "rsplit", "splitlines", "partition", "rpartition")
-_CHANGING = ("replace", "removeprefix", "removesuffix", "lower", "upper", "capitalize", "title", "casefold", "swapcase")
-for _name in _SPLITTING + _CHANGING:
-    setattr(Text, _name, _follow(_name))
-
-
-def mark(value, source: int):
-    """`value` with every string in it (but keys of objects) as Text from `source`."""
-    if isinstance(value, str):
-        return Text(value, ((0, len(value), source),))
-    if isinstance(value, dict):
-        return {key: mark(item, source) for key, item in value.items()}
-    return type(value)(mark(item, source) for item in value) if isinstance(value, (list, tuple)) else value
-
-
-def join(pieces: Iterable[str]) -> str:
-    """`"".join` that keeps the sources, and the bound on what a template may write."""
-    pieces = list(pieces)
-    runs: list[tuple[int, int, int]] = []
-    at = 0
-    for piece in pieces:
-        if type(piece) is Text:
-            for begin, end, source in piece.runs:
-                runs.append((begin + at, end + at, source))
-        at += len(piece)
-    if at > MAX_OUTPUT:
-        raise SecurityError(f"more than {MAX_OUTPUT} characters were written")
-    text = "".join(pieces)
-    return Text(text, tuple(runs)) if runs else text
-
-
-def _sources(value) -> Iterator[int]:
-    if isinstance(value, Text):
-        yield from (source for _, _, source in value.runs)
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _sources(item)
-
-
-# ------------------------------------------------------------------------------------------------------------ environment
-
-
-class _Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}`: what the model produces."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        if _leaves(body):  # what the block has written until then would be lost
-            parser.fail("break and continue cannot leave a generation block", line)
-        # A filter around the body: several times cheaper than a call block, which makes and calls a macro each time.
-        return nodes.FilterBlock(body, nodes.Filter(None, _GENERATED, [], [], None, None)).set_lineno(line)
-
-
-def _leaves(body: Iterable[nodes.Node]) -> bool:
-    """Whether a break or continue in `body` belongs to a loop around it."""
-    return any(
-        isinstance(node, (nodes.Break, nodes.Continue)) or _leaves(node.else_ if isinstance(node, nodes.For) else node.iter_child_nodes())
-        for node in body
-    )
-
-
-def _generated(text: str) -> Text:
-    return Text(text, (*getattr(text, "runs", ()), (0, len(text), GENERATION)))
-
-
-class _Code(CodeGenerator):
-    def visit_Concat(self, node, frame):
-        """`a ~ b`, through the environment's own `concat` where jinja has a function of its own."""
-        self.write("concat((")
-        for item in node.nodes:
-            self.write("str(")
-            self.visit(item, frame)
-            self.write("), ")
-        self.write("))")
-
-    def blockvisit(self, nodes, frame):
-        """Bodies of loops begin by looking at the clock."""
-        if frame.loop_frame:
-            self.writeline("environment.tick()")
-        super().blockvisit(nodes, frame)
-
-
-class _Raised(TemplateError):
-    """The template called raise_exception."""
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    code_generator_class = _Code
-    concat = staticmethod(join)
-    intercepted_binops = frozenset(("*", "**"))
-
-    def __init__(self, today: date):
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-        del self.globals["lipsum"]
-        self.globals |= {"raise_exception": _raise, "strftime_now": datetime.combine(today, midnight()).strftime}
-        self.filters |= {"tojson": _tojson, "join": _join, _GENERATED: _generated}
-        self.start()
-
-    def start(self) -> None:
-        """A conversation begins."""
-        self._ticks, self._until = 0, thread_time() + MAX_SECONDS
-
-    def tick(self) -> None:
-        """Called once for each turn of a loop and each call."""
-        self._ticks += 1
-        if not self._ticks & 127 and thread_time() > self._until:
-            raise SecurityError(f"it works for more than {MAX_SECONDS:g} s")
-
-    def call(self, /, *args, **kwargs):
-        self.tick()
-        return super().call(*args, **kwargs)
-
-    def getattr(self, obj, attribute):
-        """`obj.attribute`, which in templates is mostly `message.role`: a key, as dicts have no such attribute."""
-        if type(obj) is dict and attribute in obj and attribute not in _DICT:
-            return obj[attribute]
-        return super().getattr(obj, attribute)
-
-    def call_binop(self, context, operator, left, right):
-        sequence, times = (left, right) if hasattr(left, "__len__") else (right, left)
-        if hasattr(sequence, "__len__") and isinstance(times, int) and len(sequence) * times > MAX_OUTPUT:
-            raise SecurityError(f"more than {MAX_OUTPUT} characters were written")
-        if operator == "**" and isinstance(right, (int, float)) and right > 64:
-            raise SecurityError("an exponent is above 64")
-        if isinstance(left, int) and isinstance(right, int):
-            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
-            if bits > MAX_BITS:
-                raise SecurityError(f"an integer has more than {MAX_BITS} bits")
-        return super().call_binop(context, operator, left, right)
-
-
-def _raise(message):
-    raise _Raised(str(message))
-
-
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """As transformers has it: no HTML escapes, spaces as json.dumps puts them."""
-    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    sources = set(_sources(value))
-    return mark(text, sources.pop()) if len(sources) == 1 else text
-
-
-@pass_eval_context
-def _join(eval_ctx, value, d="", attribute=None):
-    if attribute is not None:
-        return FILTERS["join"](eval_ctx, value, d, attribute)
-    pieces = [piece for item in value for piece in (str(d), str(item))]
-    return join(pieces[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------- template
@@ -284,7 +52,7 @@ class _Template:
     """One compiled template, and what a probe of it tells about its turns."""
 
     def __init__(self, source: str, today: date, variables: dict, special_texts: Sequence[str], stop_texts: Sequence[str]):
-        self._template = _Environment(today).from_string(source)
+        self._template = Environment(today).from_string(source)
         self._globals = dict(self._template.globals)
         self._variables = self._globals | variables | {"documents": None}
         self.has_generation = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source))
@@ -301,9 +69,10 @@ class _Template:
         template.environment.start()
         try:
             # template.new_context would merge the globals, a chain of dicts, anew for every conversation.
+            template.environment.weigh([messages, tools])
             context = new_context(template.environment, template.name, template.blocks, variables, True, self._globals)
             return join(template.root_render_func(context))
-        except _Raised as error:
+        except Raised as error:
             raise BadRecord(f"the chat template refuses it: {_one_line(error)}") from None
         except MemoryError:
             raise BadRecord("the chat template needs too much memory") from None
@@ -395,12 +164,14 @@ class Chat:
         known = {f"{name}_token": tokenizer.special[f"{name}_token"] for name in names if f"{name}_token" in tokenizer.special}
         self._templates = {}
         for name, source in self.sources.items():
+            where = DataError if template else ModelError
+            if len(source) > MAX_TEMPLATE:
+                raise where(f"the chat template has {len(source):,} characters, more than {MAX_TEMPLATE:,}", template)
             try:
                 self._templates[name] = _Template(source, today, known | (variables or {}), special, stop)
             except (TemplateSyntaxError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
                 # jinja writes Python and has it compiled; some of what it lets pass is refused only there
                 line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
-                where = DataError if template else ModelError
                 reason = "it needs too much memory" if isinstance(error, MemoryError) else f"{line}{_one_line(error)}"
                 raise where(f"the chat template is not valid jinja: {reason}", template) from None
 

@@ -12,7 +12,8 @@ the structure of a file there is no telling where the next record begins.
     .txt       one document: the whole file, as {"text": ...}.
     .parquet   rows; needs pyarrow. Streamed by row group.
 
-Text is UTF-8; a byte order mark at the beginning of a file is dropped. A record may have `MAX_RECORD_BYTES`.
+Text is UTF-8; a byte order mark at the beginning of a file is dropped. A record may have `MAX_RECORD_BYTES`, and lists and objects
+in it `MAX_DEPTH` levels.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from runtime.errors import ConfigError, DataError, clean, shown
 from runtime.files import inside, open_regular
 
 MAX_RECORD_BYTES = 64 << 20
+MAX_DEPTH = 64
 _BOM = b"\xef\xbb\xbf"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SPLITS = ("train", "validation", "valid", "val", "dev", "test")
@@ -281,16 +283,29 @@ def _skip_space(text: str, at: int) -> int:
     return _SPACE.match(text, at).end()
 
 
+def not_too_deep(value: object, brackets: int = MAX_DEPTH + 1) -> object:
+    """`value`, parsed from text with so many opening brackets. Raises RecursionError: what works on it is recursive, and so is what
+    templates do."""
+    level, depth = [value] if brackets > MAX_DEPTH else [], 0
+    while level := [item for item in level if isinstance(item, (list, dict))]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise RecursionError
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return value
+
+
 def _parse(line: str, path: Path, number: int) -> object:
     try:
-        return _JSON.decode(line)
+        return not_too_deep(_JSON.decode(line), line.count("[") + line.count("{"))
     except (ValueError, RecursionError) as error:
         raise _json_error(error, path, number) from None
 
 
 def _parse_at(text: str, at: int, path: Path, number: int) -> tuple[object, int]:
     try:
-        return _JSON.raw_decode(text, at)
+        value, end = _JSON.raw_decode(text, at)
+        return not_too_deep(value, text.count("[", at, end) + text.count("{", at, end)), end
     except json.JSONDecodeError as error:
         raise _json_error(error, path, error.lineno) from None
     except (ValueError, RecursionError, StopIteration) as error:
@@ -299,7 +314,7 @@ def _parse_at(text: str, at: int, path: Path, number: int) -> tuple[object, int]
 
 def _json_error(error: Exception, path: Path, number: int) -> DataError:
     if isinstance(error, RecursionError):
-        reason = "nested too deeply"
+        return DataError(f"is nested too deeply; {MAX_DEPTH} levels are the most", path, number)
     elif isinstance(error, json.JSONDecodeError):
         reason = f"{error.msg[:1].lower()}{error.msg[1:]} (column {error.colno})"
     else:

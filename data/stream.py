@@ -28,7 +28,7 @@ from data.batch import Batch
 from data.documents import Documents
 from data.sample import IGNORE
 from data.tokenizer import Tokenizer
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, printable
 
 
 @dataclass(frozen=True)
@@ -251,4 +251,4 @@ def marked(tokenizer: Tokenizer, ids: np.ndarray, labels: np.ndarray, characters
 
 def _visible(text: str) -> str:
     """Data must not control the terminal: anything but text and line ends is shown escaped."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    return printable(text, kept="\n\t")

@@ -31,9 +31,19 @@ def redact(text: str) -> str:
     return _SECRET_SHAPE.sub("***", text)
 
 
+def printable(text: str, kept: str = "") -> str:
+    """`text` with escapes in place of what could control a terminal or reorder what it shows: all that is not printable but `kept`.
+
+    Names, roles and messages in files may be a stranger's.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
+
+
 def clean(text: object, limit: int = 300) -> str:
     """Somebody else's message within one of ours: on one line, without secrets (looked for before anything is cut off), and short."""
-    text = " ".join(redact(str(text)).split())
+    text = printable(" ".join(redact(str(text)).split()))
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
@@ -41,13 +51,13 @@ def shown(value: object) -> str:
     """`value` for a message: on one line, spelled as in TOML where that differs, and short."""
     if isinstance(value, bool):
         return str(value).lower()
-    text = redact(value.isoformat() if hasattr(value, "isoformat") else repr(value))  # before half of a secret is cut off
+    text = printable(redact(value.isoformat() if hasattr(value, "isoformat") else repr(value)))  # before half of a secret is cut off
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _one_line(text: str) -> str:
     """`text` without secrets as one line that is not endless, whatever names and values of strangers it quotes."""
-    text = redact(text).replace("\n", "\\n").replace("\r", "\\r")
+    text = printable(redact(text))
     return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 :]}"
 
 
@@ -97,7 +107,7 @@ class DataError(UserError):
     """A data file or record is wrong. `where` is shown as `file` or `file:line`."""
 
     def __init__(self, message: str, path: str | Path | None = None, line: int | None = None):
-        self.message, self.path, self.line = message, path, line
+        self.message, self.path, self.line = printable(message), path, line
         where = "" if path is None else f"{path}: " if line is None else f"{path}:{line}: "
         super().__init__(f"{where}{message}")
 

@@ -10,7 +10,9 @@ The console is stderr. Inside the `with`, what Python writes to stderr (warnings
 to the rank's file as well, and only rank 0 shows it. A crash leaves its traceback in the file; a rank other than 0 then
 says on the console only which file that is. What C++ libraries write to the file descriptor itself is not seen here.
 
-Secrets of the environment are replaced in all of it (`redact`). A full disk or a closed console stops the log, not the run.
+Secrets of the environment are replaced in all of it (`redact`). What could control the terminal is escaped in messages and
+tracebacks, which quote names of strangers; what else is written to stderr reaches the console as it is. A full disk or a closed
+console stops the log, not the run.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import re
 import shutil
 import sys
 import threading
@@ -26,10 +29,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from runtime.errors import ConfigError, UserError, redact
+from runtime.errors import ConfigError, UserError, printable, redact
 
 REDRAW_S = 0.1
 CLEAR = "\r\x1b[K"  # to the start of the line, and erase it
+_COLOURS = re.compile("(\x1b\\[1;32m|\x1b\\[0m)")  # of the preview of documents
 
 
 class Log:
@@ -61,7 +65,7 @@ class Log:
         """Says `message`: in the file, and on the console of rank 0."""
         with self._lock:
             self._to_file(message)
-            self._to_console(f"{message}\n")
+            self._to_console(f"{_safe(message)}\n")
 
     def live(self, line: str, keep: bool) -> None:
         """Shows `line` as the last line of the terminal until something replaces it.
@@ -72,10 +76,10 @@ class Log:
             if keep:
                 self._to_file(line)
             if self.is_terminal:
-                self._to_console(line[: shutil.get_terminal_size().columns - 1])
+                self._to_console(_safe(line)[: shutil.get_terminal_size().columns - 1])
                 self._live = True
             elif keep:
-                self._to_console(f"{line}\n")
+                self._to_console(f"{_safe(line)}\n")
 
     def settle(self) -> None:
         """Leaves the progress line where it is; what follows goes below it."""
@@ -90,7 +94,7 @@ class Log:
         with self._lock:
             self._to_file(f"{before.rstrip()}\n{line}")
             with contextlib.suppress(OSError, ValueError):
-                print(redact(line), file=self._console, flush=True)
+                print(_safe(redact(line)), file=self._console, flush=True)
 
     def __enter__(self) -> Log:
         sys.stderr = _Stderr(self, self._console)
@@ -115,7 +119,7 @@ class Log:
         text = "".join(traceback.format_exception(kind, error, trace)).rstrip()
         if self.rank and self.path:
             text = f"rank {self.rank}: {kind.__name__}: {(str(error).splitlines() or [''])[0]} (traceback in {self.path})"
-        print(redact(text), file=self._console)
+        print(_safe(redact(text)), file=self._console)
 
     def _stderr(self, text: str) -> None:
         """Text that something wrote to stderr: to the console at once, to the file when its line is complete."""
@@ -128,7 +132,7 @@ class Log:
     def _to_file(self, text: str) -> None:
         if self._file is not None:
             with contextlib.suppress(OSError):
-                self._file.write(f"{time.strftime('%H:%M:%S')} {redact(text)}\n".encode(errors="backslashreplace"))
+                self._file.write(f"{time.strftime('%H:%M:%S')} {_safe(redact(text))}\n".encode(errors="backslashreplace"))
 
     def _to_console(self, text: str) -> None:
         if self.rank == 0:
@@ -136,6 +140,11 @@ class Log:
                 self._console.write((CLEAR if self._live else "") + redact(text))
                 self._console.flush()
             self._live = False
+
+
+def _safe(text: str) -> str:
+    parts = _COLOURS.split(text)
+    return "".join(part if i % 2 else printable(part, kept="\n\t") for i, part in enumerate(parts))
 
 
 class _Stderr:

@@ -6,7 +6,7 @@ import pytest
 
 from tests import fuzz
 
-SLICES = {"configs": 600, "data": 300, "safetensors": 600, "templates": 40, "tokenizers": 200, "adapters": 300}
+SLICES = {"configs": 600, "data": 300, "safetensors": 600, "templates": 80, "tokenizers": 200, "adapters": 300}
 
 
 @pytest.mark.parametrize("kind", SLICES)

@@ -21,6 +21,7 @@ from data.chat import Chat
 from data.config import DataConfig, SourceConfig
 from data.formats import Format, as_object, get, kind_of
 from data.sample import BadRecord, Sample
+from data.sources import not_too_deep
 from data.tokenizer import Tokenizer
 from runtime.errors import shown
 
@@ -126,7 +127,7 @@ def _decoded(value: object, kind: type, field: str) -> object:
     """A list or object, which may be given as JSON in a string; None stays None."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = not_too_deep(json.loads(value))
         except (ValueError, RecursionError):
             raise BadRecord(f"field {field!r} is a string, but not {kind_of(kind())} as JSON") from None
     if value is not None and not isinstance(value, kind):

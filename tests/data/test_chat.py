@@ -10,9 +10,11 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-import data.chat
-from data.chat import GENERATION, Chat, Text, join, mark
+import data.sandbox
+from data.chat import Chat
 from data.sample import BadRecord
+from data.sandbox import GENERATION
+from data.text import Text, join, mark
 from runtime.errors import DataError, ModelError
 from tests.data.making import TEMPLATES, bracketed, chat_for, tokenizer_for, turns, write_tokenizer
 
@@ -230,7 +232,7 @@ def test_limits(tmp_path, monkeypatch):
     squares = "{% set ns = namespace(x=3) %}{% for i in range(40) %}{% set ns.x = ns.x * ns.x %}{% endfor %}"
     refuses(tmp_path / "f", squares, TALK, "an integer has more than 16384 bits")
     refuses(tmp_path / "g", "{{ (2 ** 64) ** 64 ** 9 }}", TALK, "an integer has more than")
-    monkeypatch.setattr(data.chat, "MAX_SECONDS", 0.1)
+    monkeypatch.setattr(data.sandbox, "MAX_SECONDS", 0.1)
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     calls = "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(40) }}"
     for name, endless in (("h", loops), ("i", calls)):
@@ -393,8 +395,8 @@ def test_shortcuts_change_nothing(tmp_path, monkeypatch):
         "{% set g %}{% generation %}{{ messages[0].content }}{% endgeneration %}{% endset %}{{ g }}{% set ns = namespace(x=g) %}{{ ns.x }}",
     ]
     fast = [chat_for(tmp_path / str(i), template)._templates["default"] for i, template in enumerate(templates)]
-    monkeypatch.setattr(data.chat, "_Generation", CallBlock)
-    monkeypatch.setattr(data.chat._Environment, "getattr", ImmutableSandboxedEnvironment.getattr)
+    monkeypatch.setattr(data.sandbox, "_Generation", CallBlock)
+    monkeypatch.setattr(data.sandbox.Environment, "getattr", ImmutableSandboxedEnvironment.getattr)
     slow = [chat_for(tmp_path / str(i), template)._templates["default"] for i, template in enumerate(templates)]
     rng = random.Random(0)
     generated = 0

@@ -104,3 +104,33 @@ def test_kinds_of_reasons_are_bounded(tmp_path, tokenizer):
     assert docs.origins[0].store.bad["reasons"]["other reasons"] == 30
     assert sum(docs.origins[0].store.bad["reasons"].values()) == 50
     assert len(docs.report().splitlines()) < 30
+
+
+@pytest.mark.parametrize("form", ["completion", "chat"])
+def test_a_record_that_is_nested_too_deeply_is_a_wrong_record(tmp_path, form):
+    """Deep values reach recursive code where they are well-formed: in a field that nothing looks at, or in one that templates get."""
+    deep, deepest = ("[" * n + "]" * n for n in (600, 61))
+
+    def line(extra: str) -> str:
+        if form == "completion":
+            return f'{{"text": "x", "more": {extra}}}'
+        return f'{{"messages": [{{"role": "user", "content": "q"}}, {{"role": "assistant", "content": "x", "extra": {extra}}}]}}'
+
+    tokenizer = tokenizer_for(tmp_path / "model", "chatml")
+    (tmp_path / "a.jsonl").write_text(f"{line('1')}\n{line(deepest)}\n{line(deep)}\n")
+    with pytest.raises(DataError, match=r"a.jsonl:3: is nested too deeply; 64 levels are the most"):
+        make(tmp_path, tokenizer, source(tmp_path / "a.jsonl", form))
+    docs = make(tmp_path, tokenizer, source(tmp_path / "a.jsonl", form), on_bad="skip", max_bad=0.5)
+    assert len(docs) == 2 and "1 of 3 records are wrong" in docs.report()
+
+
+@pytest.mark.parametrize("field", ["tools", "arguments"])
+def test_json_in_a_string_is_not_nested_too_deeply_either(tmp_path, field):
+    deep = '{"a":' * 65 + "1" + "}" * 65
+    call = {"function": {"name": "f", "arguments": deep if field == "arguments" else "{}"}}
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x", "tool_calls": [call]}]
+    record = {"messages": messages} | ({"tools": f"[{deep}]"} if field == "tools" else {})
+    tokenizer = tokenizer_for(tmp_path / "model", "chatml")
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    with pytest.raises(DataError, match=f"a.jsonl:1: .*field '{field}' is a string, but not a"):
+        make(tmp_path, tokenizer, source(tmp_path / "a.jsonl", "chat"))

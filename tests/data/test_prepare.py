@@ -595,10 +595,10 @@ def test_cache_that_cannot_be_written(tmp_path):
 
 
 def test_memory_is_bounded(tmp_path, monkeypatch):
-    """A template that doubles a string over and over, with nothing that could be counted: an error for its record."""
+    """A template that keeps many strings, none of them too long: an error for its record."""
     monkeypatch.setattr(module, "MEMORY", 256 << 20)
-    double = "{% set ns = namespace(s='x' * 1000) %}{% for i in range(50) %}{% set ns.s = ns.s + ns.s %}{% endfor %}"
-    tokenizer = tokenizer_for(tmp_path / "model", double)
+    keep = "{% set ns = namespace(s=[]) %}{% for i in range(999) %}{% set ns.s = ns.s + ['x' * 8000000 ~ i] %}{% endfor %}"
+    tokenizer = tokenizer_for(tmp_path / "model", keep)
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns("Hi", "Hello!")}])
     before = resource.getrlimit(resource.RLIMIT_DATA)
     with pytest.raises(DataError, match=r"a\.jsonl:1: the chat template needs too much memory"):

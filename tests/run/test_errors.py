@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import train
-from runtime.errors import ConfigError, DataError, ModelError
+from runtime.errors import ConfigError, DataError, ModelError, clean, shown
 from tests import launch
 from tests.tiny import LLAMA, write_chats, write_config, write_model
 
@@ -144,3 +144,33 @@ def test_half_of_a_launchers_environment(good, monkeypatch, capsys, environment,
         monkeypatch.setenv(name, value)
     assert train.main(["--config", str(good / "c.toml")]) == 2
     assert capsys.readouterr().err == says
+
+
+HOSTILE = "\x1b[31mred\x07\x9b2J\u202edesrever\u2066\u200b\x85\u2028\ud800\x7f"
+
+
+def test_a_message_controls_no_terminal():
+    """Escape sequences, C1 controls and what reorders text are spelled out, wherever a name of a stranger is quoted."""
+    quoted = "\\x1b[31mred\\x07\\x9b2J\\u202edesrever\\u2066\\u200b\\x85\\u2028\\ud800\\x7f"
+    errors = (
+        DataError(HOSTILE),
+        DataError("x", HOSTILE, 3),
+        ModelError("x", HOSTILE),
+        ConfigError(HOSTILE, "k"),
+        ConfigError("x", HOSTILE, 1),
+    )
+    for error in errors:
+        assert str(error).isprintable() and quoted in str(error)
+    assert errors[0].message == quoted  # as the report on records that were left out quotes it
+    assert shown(HOSTILE) == f"'{quoted}'" and clean("é 東京 😀 a\nb") == "é 東京 😀 a b"
+    assert clean("\x1b]0;title\x07") == "\\x1b]0;title\\x07"
+
+
+def test_a_role_in_data_controls_no_terminal(tmp_path, good):
+    data = tmp_path / "x.jsonl"
+    data.write_text(json.dumps({"messages": [{"role": HOSTILE.replace("\ud800", ""), "content": "q"}]}) + "\n", encoding="utf-8")
+    config = write_config(tmp_path / "c.toml", good / "model", data, tmp_path / "out", "[train]\nsteps = 1\n")
+    ranks = launch.run(["--config", str(config)], 1, tmp_path / "logs")
+    text = ranks.output()
+    assert ranks.wait() == [2] and "\\x1b[31mred" in text
+    assert not set(text) & set("\x1b\x07\x9b\u202e\u2066")

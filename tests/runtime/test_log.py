@@ -219,6 +219,23 @@ def test_no_secret_in_console_or_file(tmp_path, console, monkeypatch):
     assert redact("num_tokens planted tokenizer") == "num_tokens planted tokenizer"
 
 
+def test_names_of_strangers_control_no_terminal(tmp_path, console, monkeypatch):
+    screen = console(Terminal())
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    hostile = "\x1b[2J\x07\x9b1m\u202e"
+    with pytest.raises(KeyError), Log(tmp_path) as log:
+        log(f"tensor {hostile} \x1b[1;32mtrained\x1b[0m\tis new\nline")
+        log.live(f"live {hostile}", keep=True)
+        log.last(f"last {hostile}", before=hostile)
+        raise KeyError(hostile) from ValueError(hostile)
+    sys.excepthook(ValueError, ValueError(hostile), None)
+    shown = screen.getvalue()
+    for text in (shown.replace(CLEAR, ""), log.path.read_text()):
+        assert text.count("\x1b") == 2 and "\x1b[1;32mtrained\x1b[0m\tis new\nline" in text, "the colours of the preview"
+        assert not set(text) & set("\x07\x9b\u202e")
+        assert text.count("\\x1b[2J\\x07\\x9b1m\\u202e") >= 3
+
+
 def test_a_broken_console_or_disk_stops_nothing(tmp_path, console):
     stream = console(io.StringIO())
     with Log(tmp_path) as log:
