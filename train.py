@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from contextlib import ExitStack
@@ -218,7 +219,7 @@ def contents(cfg: RunConfig, inputs: Inputs, found: dict[str, str]) -> dict[str,
 
     held_out = inputs.held_out.fingerprint if inputs.held_out else ""
     adapter = Path(cfg.lora.adapter) if cfg.lora and cfg.lora.adapter else None
-    there = adapter is not None and (adapter / CONFIG).is_file()  # if not, loading it says so
+    there = adapter is not None and os.path.isfile(adapter / CONFIG)  # if not, loading it says so
     found = found | {"held-out data": held_out, "adapter": fingerprint(adapter, True, STEM, CONFIG) if there else ""}
     return {f"fingerprint of {name}": value for name, value in found.items()}
 
@@ -423,7 +424,8 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         data = (inputs.documents.report(), *kept_back, stream.report(), stream.preview(inputs.tokenizer), ckpt.forecast(kept))
         for line in (mesh.describe(), *report, chosen, *data):
             log(line)
-        reporter, meters = Reporter(cfg, log, launch.rank, state, total), Meters(mesh, **state["meters"])
+        reporter = launch.together("metrics", lambda: Reporter(cfg, log, launch.rank, state, total))
+        meters = Meters(mesh, **state["meters"])
         stack.callback(reporter.close)
         guard = Guard(cfg.train, out, ckpt.team, log, lambda: way_back(out), **state["guard"])
         mfu_per_token_s = utilization(net, inputs.documents, mesh)

@@ -306,14 +306,14 @@ def _ours(out: Path) -> bool:
 def damage(out: Path) -> str:
     """What is not as it was exported, the first of it; "" if all that the checksums name is there and whole."""
     try:
-        for name, record in json.loads((out / CHECKSUMS).read_text(encoding="utf-8"))["files"].items():
+        for name, record in read_json(out / CHECKSUMS)["files"].items():
             size, crc = 0, 0
-            with open(out / name, "rb") as file:
+            with open_regular(inside(out / name, out)) as file:
                 while block := file.read(1 << 24):
                     size, crc = size + len(block), zlib.crc32(block, crc)
             if {"bytes": size, "crc32": f"{crc:08x}"} != record:
                 return f"{name} has {size} bytes and crc32 {crc:08x}, {CHECKSUMS} says {record}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ModelError) as error:
         return clean(error)
     return ""
 

@@ -94,7 +94,7 @@ ENDINGS = re.compile(
     r"(^|\.)(Unpickler|exec_module|load_module|(isend|irecv|send|recv|broadcast|all_gather|gather|scatter)_object(_list)?|os\.(exec|spawn|posix_spawn)\w*)$"
 )
 LEGAL = {  # what a file may use of it, and why
-    "runtime/checkpoint/shards.py": {"pickle", "pickle.Unpickler", "pickle.UnpicklingError"},  # its unpickler knows nine names
+    "runtime/checkpoint/shards.py": {"pickle", "pickle.Unpickler"},  # its unpickler knows a few names
     "tools/export.py": {"torch.distributed.checkpoint.load"},  # with the metadata that shards.py has read
     "model/families/__init__.py": {"importlib.import_module"},  # of our own modules, by a name from a table
     "data/formats/__init__.py": {"importlib.import_module"},  # by a name that the config's type allows
