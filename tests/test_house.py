@@ -95,7 +95,6 @@ ENDINGS = re.compile(
 )
 LEGAL = {  # what a file may use of it, and why
     "runtime/checkpoint/shards.py": {"pickle", "pickle.Unpickler"},  # its unpickler knows a few names
-    "tools/export.py": {"torch.distributed.checkpoint.load"},  # with the metadata that shards.py has read
     "model/families/__init__.py": {"importlib.import_module"},  # of our own modules, by a name from a table
     "data/formats/__init__.py": {"importlib.import_module"},  # by a name that the config's type allows
     "runtime/checkpoint/__init__.py": {"importlib.import_module"},  # by a name from a table

@@ -64,25 +64,10 @@ def one_rank() -> Iterator[Mesh]:
 
 def read_trained(checkpoint: Path, manifest: dict, net: Decoder) -> None:
     """Fills the parameters that train, in place, and reads nothing else of the checkpoint."""
-    import torch.distributed.checkpoint as dcp
-
     from runtime.checkpoint import shards
 
-    try:
-        metadata = shards.parse_metadata((checkpoint / shards.METADATA).read_bytes(), manifest["files"])
-    except shards.Refused as e:
-        raise ModelError(f"checkpoint metadata refused: {e}", checkpoint) from None
-
-    class Reader(dcp.FileSystemReader):
-        def read_metadata(self, *args, **kwargs):
-            return metadata  # torch's own would unpickle the file
-
     trained = {f"model.{name}": p.detach() for name, p in net.named_parameters() if p.requires_grad}
-    for name, p in trained.items():
-        saved = metadata.state_dict_metadata.get(name)
-        if saved is None or (saved.size, saved.properties.dtype) != (p.shape, p.dtype):
-            raise ModelError(f"does not hold {name} as {tuple(p.shape)} {p.dtype}", checkpoint)
-    dcp.load(trained, storage_reader=Reader(checkpoint))
+    shards.read(checkpoint, manifest["files"], trained, some=True)
 
 
 def last_check(net: Decoder, lora: LoraConfig | None, folder: Path | None, adapter_only: bool) -> Check:

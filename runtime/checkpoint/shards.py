@@ -331,12 +331,13 @@ def _tile(chunks: Sequence[ChunkStorageMetadata], size: torch.Size, dim: int = 0
     return end == size[dim]
 
 
-def read(folder: Path, files: Mapping[str, dict], tensors: Mapping[str, Tensor]) -> None:
+def read(folder: Path, files: Mapping[str, dict], tensors: Mapping[str, Tensor], some: bool = False) -> None:
     """Loads a checkpoint into `tensors`, in place, each rank its own part; no communication.
 
     Args:
         files: the manifest's files.
         tensors: exactly the tensors of the checkpoint, by name; plain or DTensor under any layout, materialized.
+        some: the checkpoint may hold others besides.
 
     Raises:
         ModelError: another set of names, another shape or dtype, or a file that cannot be trusted.
@@ -345,7 +346,8 @@ def read(folder: Path, files: Mapping[str, dict], tensors: Mapping[str, Tensor])
         metadata = parse_metadata(store.read_small(folder / METADATA, store.LIMITS[METADATA]), files)
     except (OSError, Refused) as e:
         raise ModelError(f"checkpoint metadata refused: {clean(getattr(e, 'strerror', None) or e)}", folder / METADATA) from None
-    _check_match(folder, metadata.state_dict_metadata, tensors)
+    saved = metadata.state_dict_metadata
+    _check_match(folder, {name: saved[name] for name in saved.keys() & tensors.keys()} if some else saved, tensors)
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), metadata, is_coordinator=True)
     places, assigned = metadata.storage_data, dict.fromkeys(tensors, 0)
