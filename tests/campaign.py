@@ -5,7 +5,7 @@ other step and an export. Every record that a disturbed run logs, and every byte
 nobody disturbed; that includes records of steps that a later start did once more.
 
 A visit is a number of disturbances of one combination of features. Visit v takes choice v modulo n of each factor of `FACTORS`; the
-numbers of choices have no common divisor, so all 1,260 combinations come in turn, and soon every pair of choices.
+numbers of choices have no common divisor, so all 3,960 combinations come in turn, and soon every pair of choices.
 
 The counts live in a file and are written after each visit; the same command goes on from there. All that is bad has to be 0, or the
 folders of what went wrong stay.
@@ -76,6 +76,10 @@ FACTORS: dict[str, dict[str, str]] = {
         "tensor 2": "[parallel]\ntensor = 2\n",
         "context 2": "[parallel]\ncontext = 2\n",
         "replicate 2": "[parallel]\nreplicate = 2\n",
+        "context 2, ring": '[parallel]\ncontext = 2\ncontext_method = "ring"\n',
+        "context 2, all-gather": '[parallel]\ncontext = 2\ncontext_method = "allgather"\n',
+        "shard 2, gathered once a step": '[parallel]\nreshard = "step"\n',
+        "shard 2, weights kept for the backward": '[parallel]\nreshard = "backward"\nprefetch = 2\n',
     },
     "family": dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma3_text"), ""),  # cases of tests/model/golden.py
     "with": {
@@ -86,6 +90,10 @@ FACTORS: dict[str, dict[str, str]] = {
         "optimizer on the host": SAVE + "[offload]\noptimizer = true\n",
         "bf16 masters": SAVE + '[precision]\nmasters = "bf16"\n',
         "tiles": SAVE + "keep = 3\n[tiling]\nmlp = 24\nlogits_mib = 1\n",
+        "recomputation of products": SAVE + '[recompute]\nkind = "mlp"\n',
+        "selective recomputation": SAVE + '[recompute]\nkind = "selective"\n',
+        "activations on the host": SAVE + '[offload]\nactivations = "cpu"\n',
+        "activations on disk": SAVE + "async = true\n" + '[offload]\nactivations = "disk"\n',
     },
     "trains": {f"{name}, {schedule}": TRAINED[name] + SCHEDULES[schedule] for schedule in SCHEDULES for name in TRAINED},
 }
@@ -121,7 +129,7 @@ class Case:
         text += f'[data]\ntokens = 128\nmax_length = 128\ncache = "{folder / "cache"}"\n'
         text += f'[[data.sources]]\npath = "{data}"\nformat = "chat"\n' + BASE.format(seed=seed)
         chosen = "".join(choices[choice[name]] for name, choices in FACTORS.items())
-        text += chosen.replace("dropout = 0.2", "dropout = 0.0") if choice["layout"] == "context 2" else chosen  # refused there
+        text += chosen.replace("dropout = 0.2", "dropout = 0.0") if choice["layout"].startswith("context") else chosen  # refused there
         text += evaluation if "[eval]" not in text else ""
         (folder / "case.toml").write_text(text, encoding="utf-8")
         return cls(folder, text)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 import train
 from objective import evaluate
+from parallel import compile
 from runtime.checkpoint.store import Store
 from runtime.config import load, to_toml
 from runtime.errors import ModelError
@@ -328,3 +330,26 @@ def test_a_damaged_result_is_not_reported_as_one(make):
     shutil.move(out / "export", out / "broken")
     ok(argv, 2, out)
     assert weights(out) == whole
+
+
+def test_a_signal_while_blocks_are_compiled_stops_after_that_step(make, monkeypatch):
+    argv, out = make('[train]\nsteps = 9\n[compile]\nbackend = "aot_eager"\n')
+    call, began = compile._call, []
+
+    def compiling(*args):
+        if not began:
+            began.append(threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+            began[0].start()
+            found = call(*args)
+            (out / ("inside" if began[0].finished.is_set() else "too late")).touch()
+            return found
+        return call(*args)
+
+    monkeypatch.setattr(compile, "_call", compiling)
+    said = ok(argv, 1, out)
+    assert (out / "inside").exists(), "it was compiled before the signal came"
+    assert "stopped by request after step 1; the same command resumes" in said
+    assert (out / "checkpoints" / "step_1").is_dir() and not (out / "export").exists()
+    monkeypatch.undo()
+    ok(argv, 1, out)
+    assert [r["step"] for r in read(out / "metrics.jsonl")][-1] == 9
