@@ -400,7 +400,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         state["evaluate"] &= held_out is not None
         ended, saved = early.ends or state["step"] >= total, None
         if ended and exported(out) == result(cfg, state["step"]):
-            launch.together("export", lambda: whole(out / "export"))
+            launch.together("export", lambda: whole(out / "export") if launch.rank == 0 else None)  # it is read once, not by each rank
             return log(f"this run has ended at step {state['step']}; its result is in {out / 'export'}")
 
         # the model, its optimizer, and what of them is saved
