@@ -181,16 +181,23 @@ def test_retention_counts_what_was_verified(folder):
     assert run(work, 1) == [["step_12", "step_10"]]  # once: they are of the four, and nobody in this process had read them
 
 
-def test_rm_leaves_something_intact(folder, capsys):
+@pytest.fixture
+def said(capsys):
+    """said(arguments) -> the tool's exit code, and what it printed."""
+
+    def call(*argv) -> tuple[int, str]:
+        code = tool([str(a) for a in argv])
+        out = capsys.readouterr()
+        return code, out.out + out.err
+
+    return call
+
+
+def test_rm_leaves_something_intact(folder, said):
     def work(rank, world):
         ckpt = checkpointer(folder, keep=0)
         for step in (2, 4, 6, 8):
             ckpt.save(step, spread(whole(step), "one"), {}, {}, healthy=step != 4) or ckpt.wait()
-
-    def said(*argv) -> tuple[int, str]:
-        code = tool([str(a) for a in argv])
-        out = capsys.readouterr()
-        return code, out.out + out.err
 
     run(work, 1)
     at = Store(folder).path
@@ -226,18 +233,13 @@ def test_rm_waits_for_no_run(folder, capsys):
     capsys.readouterr()
 
 
-def test_the_tool_meets_odd_folders(folder, capsys, monkeypatch):
+def test_the_tool_meets_odd_folders(folder, said, monkeypatch):
     """One line and code 2, never a traceback."""
 
     def work(rank, world):
         ckpt = checkpointer(folder, keep=0)
         for step in (2, 4, 6):
             save(ckpt, step, "one")
-
-    def said(*argv) -> tuple[int, str]:
-        code = tool([str(a) for a in argv])
-        out = capsys.readouterr()
-        return code, out.out + out.err
 
     run(work, 1)
     latest = folder / "checkpoints/latest"
@@ -628,16 +630,11 @@ def test_a_checkpoint_that_appeared_meanwhile_is_not_touched(folder, point, prob
     assert [p.name for p in (folder / "checkpoints/step_2").iterdir()] == ["theirs"]
 
 
-def test_the_tool(folder, capsys):
+def test_the_tool(folder, said):
     def work(rank, world):
         ckpt = checkpointer(folder, keep=0)
         for step in (1, 2, 3, 4):
             save(ckpt, step, "one")
-
-    def said(*argv) -> tuple[int, str]:
-        code = tool([str(a) for a in argv])
-        out = capsys.readouterr()
-        return code, out.out + out.err
 
     run(work, 1)
     assert said("pin", folder, 2) == (0, "step_2           pinned\n")
