@@ -479,6 +479,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
             set_lr(opt, lr := cfg.optim.lr * factor(cfg.schedule, step, total))
             norm = clip(trained.values(), cfg.optim.max_norm, opt).item()  # the step's one wait for the device
             if guard.passes(step, norm, units, look):
+                ckpt.before_update()
                 opt.step()
                 meters.learned(sums, units)
             opt.zero_grad(set_to_none=True)

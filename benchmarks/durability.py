@@ -7,7 +7,8 @@ the median is reported, and the quartiles beside it.
 
     async_step       a step while a background save is in flight, in units of a step without one. On a CPU, the save and the step
                      share its cores and its memory's bandwidth
-    async_stall      what the loop waits in one background save (the copy, the start, the end), in units of a step
+    async_stall      what the loop waits in one background save (the start, the rest of the copy before the next update, the end), in units of
+                     a step
     sync_stall       what the loop waits in a save that it waits for, in the same units
     verify_to_load   reading a checkpoint to compare its crc32, in units of loading its tensors; both from the page cache
     crc_to_write     CountedFile, which computes crc32, in units of plain writes of the same bytes, both with fsync
@@ -89,9 +90,11 @@ class Run:
         return timed(lambda: ckpt.save(self.steps, self.kept, {"step": self.steps}, {"cpu": torch.get_rng_state()}))
 
     def step(self, ckpt: Checkpointer) -> tuple[float, float, bool]:
-        """Seconds of a step, of asking for a save that has ended, and whether one has."""
-        took, told = timed(self.side.step), []
-        return took, timed(lambda: told.append(ckpt.poll())), told[0] is not None
+        """Seconds of a step, those that it waits for a save (for the copy, and to ask whether it has ended), and whether one has."""
+        waits, told = [], []
+        took = timed(lambda: self.side.step(before_update=lambda: waits.append(timed(ckpt.before_update))))
+        waits.append(timed(lambda: told.append(ckpt.poll())))
+        return took, sum(waits), told[0] is not None
 
 
 def saves(rank: int, world: int, size: Size, folder: Path) -> dict:

@@ -29,7 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -225,7 +225,7 @@ class Side:
         for _ in range(WARM_UP):
             self.step()
 
-    def step(self, ledger: Ledger | None = None) -> tuple[float, float]:
+    def step(self, ledger: Ledger | None = None, before_update: Callable[[], None] = lambda: None) -> tuple[float, float]:
         """A step as train.py takes it: (loss, norm of the gradients)."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, batch in enumerate(self.micro):
@@ -236,6 +236,7 @@ class Side:
         if ledger is not None and self.cfg.offload.parameters:
             ledger.tag("host", [p.grad for p in self.trained.values()])
         norm = clip(self.trained.values(), self.cfg.optim.max_norm, self.opt)
+        before_update()
         self.opt.step()
         self.opt.zero_grad(set_to_none=True)
         return self.mesh.sum_over_data(total).item(), norm.item()

@@ -11,7 +11,8 @@ A checkpoint is a folder `<run>/checkpoints/step_<n>/` that appears complete or 
 
 Ranks agree on the outcome of each stage: an exception on one is the same exception on all, and nobody is left waiting.
 Nothing is ever written into a published folder. With `async` all of this runs on a copy of the tensors in a thread with a
-process group of its own, one save at a time, so a later step cannot be published before an earlier one.
+process group of its own, one save at a time, so a later step cannot be published before an earlier one. The thread makes
+the copy too, beside the next step's forward and backward; only its update waits for that.
 
 Resuming takes the newest checkpoint whose every byte matches its manifest; all ranks read a share of the files and come
 to one decision. Tensors are stored by name and load into any layout and any number of ranks.

@@ -162,6 +162,7 @@ class Checkpointer:
         self._origin: dict[str, Any] | None = None  # the checkpoint that resume=PATH began this history from
         self._last: Outcome | None = None  # the newest checkpoint of this history
         self._flight: Future[Outcome] | None = None
+        self._copying: shards.Snapshot | None = None  # what the flight carries, until training waited for the copy
         self._buffers: dict[str, Tensor] = {}
         self._untold: list[Outcome] = []
 
@@ -332,7 +333,8 @@ class Checkpointer:
             healthy: False where the run may be about to fail: such a checkpoint is kept beside the healthy ones, not instead of one.
 
         Returns:
-            The outcome; None if the save goes on in the background: `poll` or `wait` will tell.
+            The outcome; None if the save goes on in the background: `poll` or `wait` will tell, and `before_update` has to be called
+            before `tensors` change.
 
         Raises:
             RankFailed: on all ranks, for errors in programs. The unfinished checkpoint is removed.
@@ -344,11 +346,18 @@ class Checkpointer:
         text, snapshot = self.team.together(lambda: (json.dumps(state), shards.Snapshot(tensors)))
         if not self.cfg.async_:
             return self._tell(self._write(step, snapshot, text, rng, healthy))
-        self.team.together(lambda: snapshot.stage(self._buffers))
-        self._flight = Future()
-        work = partial(self._write, step, snapshot, text, {name: t.clone() for name, t in rng.items()}, healthy)
+        self.team.together(lambda: snapshot.reserve(self._buffers))
+        self._flight, self._copying = Future(), snapshot
+        work = partial(self._copy_and_write, step, snapshot, text, {name: t.clone() for name, t in rng.items()}, healthy)
         threading.Thread(target=_fulfil, args=(self._flight, work), name=f"checkpoint-{step}", daemon=True).start()
         return None
+
+    def before_update(self) -> None:
+        """To be called before anything changes the tensors that were given to `save`: a background save copies them beside the forward and
+        backward that follow, and has most often done so by now."""
+        if self._copying is not None:
+            self._copying.wait_until_copied()
+            self._copying = None
 
     def poll(self) -> Outcome | None:
         """After each step: the outcome of a background save that has ended on all ranks since the last call, if any."""
@@ -374,6 +383,11 @@ class Checkpointer:
             good = f"{size_text(outcome.nbytes)} in {outcome.seconds:.1f} s"
             self._say(f"checkpoint of step {outcome.step}: " + (f"{outcome.problem}; {kept}" if outcome.problem else good))
         return outcome
+
+    def _copy_and_write(self, step: int, snapshot: shards.Snapshot, *rest) -> Outcome:
+        """In the background."""
+        self._writers.together(snapshot.stage)
+        return self._write(step, snapshot, *rest)
 
     def _write(self, step: int, snapshot: shards.Snapshot, state: str, rng: Mapping[str, Tensor], healthy: bool) -> Outcome:
         """One save, on the main thread or in the background; the same outcome on all ranks."""

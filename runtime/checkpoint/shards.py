@@ -21,6 +21,7 @@ import io
 import math
 import pickle
 import pickletools
+import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,28 +55,53 @@ class Snapshot:
     """What this rank writes: DCP's write items, and by name the local tensors behind them.
 
     Args:
-        tensors: by fully qualified name; any devices. Not copied: they must not change before the write ends, or `stage` them.
+        tensors: by fully qualified name; any devices. They must not change before the write ends, or before they are copied: call
+            `reserve` at once, `stage` on the thread that writes, `wait_until_copied` before the tensors change.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         owned = {name: t for name, t in tensors.items() if _writes(name, t)}
         self.items: list[WriteItem] = create_default_local_save_plan(owned, is_coordinator=False).items
         self.local = {name: t.to_local().detach() if isinstance(t, DTensor) else t.detach() for name, t in owned.items()}
+        self._counted = [(name, t) for by_name in (owned, self.local) for name, t in by_name.items()]  # an update may go by either
         plain = {name for name, t in owned.items() if not isinstance(t, DTensor)}
         lead = dist.get_rank() == 0
         self.nbytes = sum(t.nbytes for name, t in self.local.items() if lead or name not in plain)
 
-    def stage(self, buffers: dict[str, Tensor]) -> None:
-        """Copies the tensors to the host, so that training may go on. `buffers` are kept from save to save: allocating and
-        first touching that much memory costs more than the copy."""
-        cuda = [t.device for t in self.local.values() if t.is_cuda]
+    def reserve(self, buffers: dict[str, Tensor]) -> None:
+        """Takes host memory for a copy, pinned on CUDA. `buffers` are kept from save to save: to allocate and first touch that much costs
+        more than to copy."""
         for name, t in self.local.items():
             if name not in buffers or buffers[name].shape != t.shape or buffers[name].dtype != t.dtype:
                 buffers[name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
-            buffers[name].copy_(t, non_blocking=True)
-        for device in set(cuda):
-            torch.cuda.current_stream(device).synchronize()
-        self.local = {name: buffers[name] for name in self.local}
+        self._buffers, self._versions = {name: buffers[name] for name in self.local}, [t._version for _, t in self._counted]
+        self._begins = {t.device: torch.cuda.current_stream(t.device).record_event() for t in self.local.values() if t.is_cuda}
+        self._ends: dict[torch.device, torch.cuda.Event] = {}
+        self._begun = threading.Event()
+
+    def stage(self) -> None:
+        """Copies, on streams of its own, and is what is written from then on."""
+        try:
+            streams = {device: torch.cuda.Stream(device) for device in self._begins}
+            for device, stream in streams.items():
+                stream.wait_event(self._begins[device])
+            for name, t in self.local.items():
+                with torch.cuda.stream(streams.get(t.device)):
+                    self._buffers[name].copy_(t, non_blocking=True)
+            self._ends = {device: stream.record_event() for device, stream in streams.items()}
+        finally:
+            changed = [name for (name, t), version in zip(self._counted, self._versions, strict=True) if t._version != version]
+            self._begun.set()
+        assert not changed, f"{changed[0]} was changed while it was copied"
+        for end in self._ends.values():
+            end.synchronize()
+        self.local = self._buffers
+
+    def wait_until_copied(self) -> None:
+        """After this, and in stream order, the tensors may change. The host waits for a copy on the host, a GPU for its own."""
+        self._begun.wait()
+        for device, end in self._ends.items():
+            torch.cuda.current_stream(device).wait_event(end)
 
 
 def _writes(name: str, t: Tensor) -> bool:

@@ -14,8 +14,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint
 
 from parallel.local import run
-from runtime.checkpoint import store
+from runtime.checkpoint import shards, store
 from runtime.checkpoint.store import Store
+from runtime.checkpoint.team import RankFailed
 from runtime.errors import ConfigError, ModelError, UserError
 from runtime.sections import CheckpointConfig
 from tests.runtime.saving import IDENTITY, LAYOUTS, checkpointer, empty, gathered, resumed, run_folder, same, save, spread, whole
@@ -560,6 +561,7 @@ def test_background_saves_hold_the_moment_of_the_call(folder):
             assert ckpt.save(step, tensors, {"position": step}, {}) is None
             if step == 1:
                 assert ckpt.poll() is None  # it is still being written
+            ckpt.before_update()
             for t in tensors.values():
                 t.fill_(-1)
             published.append(ckpt.store.path(step - 1).exists())
@@ -570,6 +572,50 @@ def test_background_saves_hold_the_moment_of_the_call(folder):
         return published, polls, resumed(checkpointer(folder), "fsdp2")
 
     assert run(work, 2) == [([False, True], [1, 2], 2)] * 2
+
+
+def late(rank: int) -> None:
+    """Copies that begin when the step after them is long under way, on rank 1 longer still."""
+    stage = shards.Snapshot.stage
+
+    def slow(self) -> None:
+        time.sleep(0.3 + 0.3 * rank)
+        stage(self)
+
+    shards.Snapshot.stage = slow
+
+
+def test_the_copy_is_made_beside_the_step_and_its_update_waits_for_it(folder):
+    def work(rank, world):
+        late(rank)
+        ckpt, tensors = checkpointer(folder, async_=True), spread(whole(1), "fsdp2")
+        ckpt.before_update()  # nothing to wait for
+        begun = time.monotonic()
+        ckpt.save(1, tensors, {"position": 1}, {})
+        asked = time.monotonic() - begun
+        ckpt.before_update()
+        waited = time.monotonic() - begun
+        for t in tensors.values():
+            t.fill_(-1)
+        assert ckpt.wait().path is not None
+        return asked, waited, resumed(checkpointer(folder), "fsdp2")
+
+    for rank, (asked, waited, step) in enumerate(run(work, 2)):
+        assert asked < 0.25 and waited >= 0.3 + 0.3 * rank and step == 1
+
+
+def test_tensors_that_change_before_they_are_copied_are_an_error(folder):
+    def work(rank, world):
+        late(rank)
+        ckpt, tensors = checkpointer(folder, async_=True), spread(whole(1), "fsdp2")
+        ckpt.save(1, tensors, {"position": 1}, {})
+        if rank == 1:
+            next(iter(tensors.values())).fill_(-1)
+        with pytest.raises(RankFailed, match="rank 1: AssertionError: .* was changed while it was copied"):
+            ckpt.wait()
+        return ckpt.store.steps()
+
+    assert run(work, 2) == [[], []]
 
 
 def test_a_background_failure_comes_with_the_next_poll(folder):
