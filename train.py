@@ -429,10 +429,11 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         stack.callback(reporter.close)
         guard = Guard(cfg.train, out, ckpt.team, log, lambda: way_back(out), **state["guard"])
         mfu_per_token_s = utilization(net, inputs.documents, mesh)
+        eval_loss: dict[int, float] = {}  # by step
 
         def save() -> Outcome | None:
             now = state | {"early": early.state(), "meters": meters.state(), "guard": guard.state()}
-            return ckpt.save(state["step"], kept, now, {"cpu": torch.get_rng_state()}, guard.healthy)
+            return ckpt.save(state["step"], kept, now, {"cpu": torch.get_rng_state()}, guard.healthy, eval_loss.get(state["step"]))
 
         def learn(batch: Batch, units: int) -> torch.Tensor:
             loss = lm.loss(net, batch, units, cfg.objective)
@@ -457,7 +458,8 @@ def run(cfg: RunConfig, launch: Launch) -> None:
             if voted():
                 return False
             reporter.record({"step": step, **found})
-            early.update(found["eval_loss"])
+            eval_loss[step] = found["eval_loss"]
+            early.update(eval_loss[step])
             return True
 
         net.train()

@@ -7,8 +7,8 @@ the median is reported, and the quartiles beside it.
 
     async_step       a step while a background save is in flight, in units of a step without one. On a CPU, the save and the step
                      share its cores and its memory's bandwidth
-    async_stall      what the loop waits in one background save (the start, the rest of the copy before the next update, the end), in units of
-                     a step
+    async_stall      what the loop waits in one background save (the start, the rest of the copy before the next update, the end),
+                     in units of a step
     sync_stall       what the loop waits in a save that it waits for, in the same units
     verify_to_load   reading a checkpoint to compare its crc32, in units of loading its tensors; both from the page cache
     crc_to_write     CountedFile, which computes crc32, in units of plain writes of the same bytes, both with fsync

@@ -13,7 +13,7 @@ class CheckpointConfig:
     """Complete, verified snapshots of the run under `<output>/checkpoints/`."""
 
     every: Annotated[int, "Steps between checkpoints; 0 saves only at the end and when the run is asked to stop."] = 500
-    keep: Annotated[int, "How many complete checkpoints stay on disk, at least 2 in case the newest is damaged; 0 keeps all."] = 2
+    keep: Annotated[int, "How many intact checkpoints stay, at least 2 in case the newest is damaged, beside the best; 0 keeps all."] = 2
     async_: Annotated[bool, "Write in the background while training goes on; costs one copy of the saved state in host memory."] = False
     resume: Annotated[
         str, "auto: from the newest complete checkpoint in the output folder, if any; never: start anew; else a checkpoint's path."

@@ -2,10 +2,11 @@
 
     python -m tools.checkpoint ls     RUN            what is there: step, size, ranks, when written, complete or why not
     python -m tools.checkpoint verify RUN [STEP...]  reads every byte (or those of some steps) and compares it with the manifest
-    python -m tools.checkpoint rm     RUN STEP...    deletes; not the newest intact one or a pinned one, unless with --force
+    python -m tools.checkpoint rm     RUN STEP...    deletes; not the newest intact one, the best or a pinned one, unless with --force
     python -m tools.checkpoint pin    RUN STEP...    keeps them when old ones are pruned; --off undoes it
 
-`rm` reads the newest checkpoints until it has found an intact one, and deletes nothing while a run is writing there.
+The best is the one with the lowest evaluation loss, where a run evaluates the steps that it saves. `rm` reads the newest
+checkpoints and the best until it has found intact ones, and deletes nothing while a run is writing there.
 
 RUN is the output folder of a run. Exit code 0, or 2 if something is damaged or refused. Needs no torch.
 """
@@ -25,7 +26,7 @@ from tools import command
 
 
 def ls(run: Store) -> int:
-    newest = _latest(run)
+    newest, best = _latest(run), next(iter(run.ranked()), None)
     for path in run.steps():
         notes = ["pinned"] * run.pinned(path) + ["latest"] * (path.name == newest)
         try:
@@ -35,6 +36,8 @@ def ls(run: Store) -> int:
         except Damaged as e:  # a run that is under way may delete it between two looks
             print(f"{path.name:<16} damaged: {e}")
             continue
+        if (loss := manifest.get("eval_loss")) is not None:
+            notes.append(f"eval loss {loss:.4f}" + ", the lowest" * (path == best))
         notes += ["saved between bad steps"] * (not healthy)
         size = size_text(sum(record["size"] for record in manifest["files"].values()))
         print(f"{path.name:<16} {size:>10}  {manifest['layout']['world']} ranks  {manifest['written']}  {', '.join(notes)}".rstrip())
@@ -86,6 +89,8 @@ def _guarded(run: Store, paths: list[Path]) -> dict[Path, str]:
         for kind, candidates in (("healthy", run.healthy()), ("intact", run.complete())):
             newest = next(filter(run.is_intact, candidates), None)
             guarded |= {newest: f"is the newest {kind} checkpoint"} if newest else {}
+        if best := run.best():
+            guarded = {best: "has the lowest evaluation loss"} | guarded
     return guarded | {path: "is pinned" for path in paths if run.pinned(path)}
 
 
@@ -112,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("run", type=Path, metavar="RUN", help="output folder of a run")
         if some:
             command.add_argument("steps", type=int, nargs=some, metavar="STEP")
-    commands.choices["rm"].add_argument("--force", action="store_true", help="also the newest intact or a pinned one")
+    commands.choices["rm"].add_argument("--force", action="store_true", help="also the newest intact one, the best or a pinned one")
     commands.choices["pin"].add_argument("--off", action="store_true", help="no longer pinned")
     return parser
 

@@ -2,6 +2,7 @@
 
     python -m tools.export --run out/run                     the newest intact checkpoint, into out/run/export_step_<n>
     python -m tools.export --run out/run --step 500 --out out/at-500
+    python -m tools.export --run out/run --step best --out out/best
     python -m tools.export --run out/lora-run --merge        full weights with the adapter merged in
 
 Runs on the CPU. Optimizer states are not loaded, and the base model only where its weights are part of the result. What was
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from runtime.errors import ConfigError, ModelError
 from tools import command
@@ -28,21 +29,27 @@ if TYPE_CHECKING:
     from parallel.mesh import Mesh
 
 
-def choose(run: Path, step: int | None) -> tuple[Path, dict]:
-    """The newest intact checkpoint, or that of `step`, and its manifest; every byte was verified."""
+def choose(run: Path, step: int | Literal["best"] | None) -> tuple[Path, dict]:
+    """The newest intact checkpoint, that of `step`, or the intact one with the lowest evaluation loss, and its manifest; every byte was
+    verified."""
     from runtime.checkpoint import store
 
-    found = store.Store(run).steps()
-    if step is not None:
-        found = [path for path in found if store.step_of(path) == step]
+    there = store.Store(run)
+    found = there.ranked() if step == "best" else [path for path in there.steps() if step in (None, store.step_of(path))]
     if not found:
-        raise ModelError("has no checkpoints" if step is None else f"has no checkpoint of step {step}", run / "checkpoints")
+        missing = {None: "has no checkpoints", "best": "has no checkpoint that was evaluated (eval.every must divide checkpoint.every)"}
+        raise ModelError(missing.get(step, f"has no checkpoint of step {step}"), run / "checkpoints")
     for path in found:
         try:
             return path, store.verify(path)
         except store.Damaged as e:
             print(f"skipped {path}: {e}", file=sys.stderr)
-    raise ModelError("no checkpoint is intact" if step is None else f"the checkpoint of step {step} is damaged", run / "checkpoints")
+    of_one = step not in (None, "best")
+    raise ModelError(f"the checkpoint of step {step} is damaged" if of_one else "no checkpoint is intact", run / "checkpoints")
+
+
+def _step(text: str) -> int | Literal["best"]:
+    return "best" if text == "best" else int(text)
 
 
 @contextmanager
@@ -132,7 +139,8 @@ def run(args: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="output folder of the run")
-    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the newest intact one)")
+    steps = "the checkpoint of this step, or `best`: the one with the lowest evaluation loss (default: the newest intact one)"
+    parser.add_argument("--step", type=_step, metavar="N", help=steps)
     parser.add_argument("--out", type=Path, help="folder to write (default: export_step_<n> in the run's folder)")
     parser.add_argument("--merge", action="store_true", help="of a LoRA run: full weights with the adapter merged in")
     parser.add_argument(

@@ -7,7 +7,7 @@ A checkpoint is a folder `<run>/checkpoints/step_<n>/` that appears complete or 
    that counts bytes and crc32 as they pass, and fsyncs; rank 0 adds state.json and resolved.toml;
 3. rank 0 gathers (file, size, crc32), compares the sizes with what it sees on disk, writes MANIFEST.json, fsyncs the
    folder, renames it to `step_<n>`, fsyncs the parent and rewrites `latest` by another rename;
-4. rank 0 prunes: whole checkpoints only, never the newest two, never a pinned one.
+4. rank 0 prunes: whole checkpoints only, never the newest two, a pinned one, or the one with the lowest evaluation loss.
 
 Ranks agree on the outcome of each stage: an exception on one is the same exception on all, and nobody is left waiting.
 Nothing is ever written into a published folder. With `async` all of this runs on a copy of the tensors in a thread with a

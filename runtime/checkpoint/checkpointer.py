@@ -321,7 +321,13 @@ class Checkpointer:
         return self.cfg.every > 0 and step % self.cfg.every == 0
 
     def save(
-        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], rng: Mapping[str, Tensor], healthy: bool = True
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        rng: Mapping[str, Tensor],
+        healthy: bool = True,
+        eval_loss: float | None = None,
     ) -> Outcome | None:
         """Saves a checkpoint. A disk that refuses makes no exception: training can go on, what was saved before stands.
 
@@ -331,6 +337,7 @@ class Checkpointer:
             state: anything else, as JSON values, equal on all ranks.
             rng: this rank's random state.
             healthy: False where the run may be about to fail: such a checkpoint is kept beside the healthy ones, not instead of one.
+            eval_loss: of these weights, on held-out data, if they were evaluated: the lowest is kept, however old.
 
         Returns:
             The outcome; None if the save goes on in the background: `poll` or `wait` will tell, and `before_update` has to be called
@@ -344,11 +351,12 @@ class Checkpointer:
             return self._last
         assert self._last is None or self._last.step < step, f"step {step} after step {self._last.step}"
         text, snapshot = self.team.together(lambda: (json.dumps(state), shards.Snapshot(tensors)))
+        about = {"healthy": healthy, "eval_loss": eval_loss if eval_loss is None or math.isfinite(eval_loss) else None}
         if not self.cfg.async_:
-            return self._tell(self._write(step, snapshot, text, rng, healthy))
+            return self._tell(self._write(step, snapshot, text, rng, about))
         self.team.together(lambda: snapshot.reserve(self._buffers))
         self._flight, self._copying = Future(), snapshot
-        work = partial(self._copy_and_write, step, snapshot, text, {name: t.clone() for name, t in rng.items()}, healthy)
+        work = partial(self._copy_and_write, step, snapshot, text, {name: t.clone() for name, t in rng.items()}, about)
         threading.Thread(target=_fulfil, args=(self._flight, work), name=f"checkpoint-{step}", daemon=True).start()
         return None
 
@@ -389,14 +397,14 @@ class Checkpointer:
         self._writers.together(snapshot.stage)
         return self._write(step, snapshot, *rest)
 
-    def _write(self, step: int, snapshot: shards.Snapshot, state: str, rng: Mapping[str, Tensor], healthy: bool) -> Outcome:
+    def _write(self, step: int, snapshot: shards.Snapshot, state: str, rng: Mapping[str, Tensor], about: dict) -> Outcome:
         """One save, on the main thread or in the background; the same outcome on all ranks."""
         team, begun = self._writers, time.monotonic()
         nbytes = team.total(snapshot.nbytes)
         folder = None
         try:
             folder = Path(team.share(team.together(lambda: str(self._begin(step, nbytes)), only=0)))
-            path = self._fill(team, folder, step, snapshot, state, rng, healthy)
+            path = self._fill(team, folder, step, snapshot, state, rng, about)
         except BaseException as e:
             if team.rank == 0 and folder is not None:
                 store.discard(folder)
@@ -426,7 +434,7 @@ class Checkpointer:
         return self.store.begin(step)
 
     def _fill(
-        self, team: Team, folder: Path, step: int, snapshot: shards.Snapshot, state: str, rng: Mapping[str, Tensor], healthy: bool
+        self, team: Team, folder: Path, step: int, snapshot: shards.Snapshot, state: str, rng: Mapping[str, Tensor], about: dict
     ) -> Path:
         """Writes all files into `folder` and publishes it."""
         files = team.together(lambda: shards.write(folder, snapshot, team.group))
@@ -440,9 +448,9 @@ class Checkpointer:
 
         team.together(write_rest)
         everything = {name: record for records in team.gather(files) for name, record in records.items()}
-        return Path(team.share(team.together(lambda: str(self._publish(folder, step, everything, healthy)), only=0)))
+        return Path(team.share(team.together(lambda: str(self._publish(folder, step, everything, about)), only=0)))
 
-    def _publish(self, folder: Path, step: int, files: dict[str, dict], healthy: bool) -> Path:
+    def _publish(self, folder: Path, step: int, files: dict[str, dict], about: dict) -> Path:
         """Rank 0: what the ranks say they wrote is what lies here; then the manifest, then the name."""
         if problems := store.check_sizes(folder, files):
             raise OSError(errno.EIO, f"files of other ranks are not as written: {'; '.join(problems[:3])}", str(folder))
@@ -453,7 +461,7 @@ class Checkpointer:
                 "step": step,
                 "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
                 "origin": self._origin,
-                "healthy": healthy,
+                **about,
                 "layout": self.layout,
                 "versions": {"torch": torch.__version__, "python": platform.python_version()},
                 **self.run,

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import secrets
@@ -199,6 +200,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "step": _is_count(manifest["step"]),
             "written": manifest["written"].isprintable() and len(manifest["written"]) < 80,
             "origin": origin is None or (type(origin["path"]) is type(origin["id"]) is str and _is_count(origin["step"])),
+            "eval_loss": _is_measured(manifest.get("eval_loss")),
             "layout": layout["world"] and all(_is_count(size) and axis.isprintable() for axis, size in layout.items()),
             "identity": not _is_deep(manifest["identity"]),
             "config": not _is_deep(manifest["config"]),
@@ -217,6 +219,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
+
+
+def _is_measured(value: object) -> bool:
+    return value is None or (type(value) is float and math.isfinite(value))
 
 
 def _is_deep(value: object, levels: int = 24) -> bool:
@@ -284,6 +290,11 @@ def is_healthy(path: Path) -> bool:
     return read_manifest(path).get("healthy", True) is True
 
 
+def eval_loss(path: Path) -> float | None:
+    """Of a complete checkpoint: the loss on held-out data, if its weights were evaluated before they were saved."""
+    return read_manifest(path).get("eval_loss")
+
+
 # ------------------------------------------------------------------------------------------------------------ the folder
 
 
@@ -312,6 +323,15 @@ class Store:
     def healthy(self) -> list[Path]:
         """Those of `complete` that were not saved between bad steps (runtime/guard.py), newest first."""
         return [p for p in self.complete() if is_healthy(p)]
+
+    def ranked(self) -> list[Path]:
+        """Those of `healthy` that were evaluated, the lowest loss first, of equals the newest."""
+        losses = {path: eval_loss(path) for path in self.healthy()}
+        return sorted((path for path, loss in losses.items() if loss is not None), key=losses.get)
+
+    def best(self) -> Path | None:
+        """The first of `ranked` that every byte of is intact."""
+        return next(filter(self.is_intact, self.ranked()), None)
 
     def is_intact(self, path: Path) -> bool:
         """Is every byte as the manifest says? Read once: after that, and of what was written here, while the files look the same."""
@@ -426,7 +446,8 @@ class Store:
     # ---- retention
 
     def prune(self, keep: int) -> list[Path]:
-        """Deletes complete checkpoints older than the newest `keep` that are intact and healthy; 0 keeps all.
+        """Deletes complete checkpoints older than the newest `keep` that are intact and healthy, but for the pinned ones and the best;
+        0 keeps all.
 
         Nothing is deleted for the sake of a checkpoint whose bytes are not known to be good (`is_intact`), and nothing is read
         unless something could be deleted.
@@ -438,6 +459,8 @@ class Store:
         if len(kept) < needed:
             return []
         old = [p for p in complete if step_of(p) < step_of(kept[-1]) and not self.pinned(p)]
+        best = self.best() if old else None
+        old = [p for p in old if p != best]
         for path in old:
             self.remove(path)
         return old

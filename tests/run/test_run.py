@@ -24,6 +24,7 @@ from runtime.errors import ModelError
 from runtime.metrics import read
 from tests import launch
 from tests.tiny import write_chats, write_config, write_model
+from tools.export import main as export_tool
 from train import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,6 +167,27 @@ def test_early_stopping_ends_the_run_and_exports(make):
     assert len({r["eval_loss"] for r in evals}) == 1
     assert json.loads((out / "result.json").read_text())["step"] == 8
     assert "ended at step 8" in ok(argv, 1, out)
+
+
+def test_the_checkpoint_with_the_lowest_evaluation_loss_stays_and_can_be_exported(make, tmp_path, capsys):
+    argv, out = make("[train]\nsteps = 8\n[optim]\nlr = 0.3\n[eval]\nevery = 1\nsplit = 6\n[checkpoint]\nevery = 1\n")
+    ok([*argv, "--train.steps=5"], 2, out)
+    ok([*argv, "--optim.lr=9.0", "--checkpoint.allow_change=true"], 2, out)  # what a later start finds counts as what it saved itself
+    losses = {r["step"]: r["eval_loss"] for r in read(out / "metrics.jsonl") if "eval_loss" in r}
+    best = min(losses, key=losses.get)
+    assert best < 6, f"the newest two stay anyway: {losses}"
+    assert [path.name for path in Store(out).steps()] == ["step_8", "step_7", f"step_{best}"]
+    for step in ("best", str(best)):
+        assert export_tool(["--run", str(out), "--step", step, "--out", str(tmp_path / step)]) == 0
+    same, last = load_file(tmp_path / str(best) / "model.safetensors"), load_file(out / "export" / "model.safetensors")
+    exported = load_file(tmp_path / "best" / "model.safetensors")
+    assert all(exported[name].equal(same[name]) for name in same) and not all(exported[name].equal(last[name]) for name in last)
+    shutil.rmtree(out / "checkpoints" / f"step_{best}")
+    (out / "checkpoints" / "step_7" / "state.json").unlink()
+    (out / "checkpoints" / "step_8" / "state.json").unlink()
+    capsys.readouterr()
+    assert export_tool(["--run", str(out), "--step", "best", "--out", str(tmp_path / "none")]) == 2
+    assert "has no checkpoint that was evaluated" in capsys.readouterr().err
 
 
 def test_evaluation_does_not_depend_on_ranks_and_counts_every_source(make, tmp_path):

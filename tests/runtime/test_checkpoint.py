@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import threading
@@ -142,6 +143,32 @@ def test_retention_never_takes_the_newest_two(folder):
     assert names(folder) == ["latest", "step_2", "step_3"]
 
 
+def test_retention_keeps_the_best(folder, said):
+    """The lowest evaluation loss of the intact and healthy stays, of equals the newest; what was not evaluated is not ranked."""
+    losses = {1: 2.0, 2: 1.5, 3: 1.5, 4: 0.1, 5: None, 6: math.nan, 7: 1.9, 8: 1.8}
+
+    def work(rank, world):
+        ckpt = checkpointer(folder)
+        for step, loss in losses.items():
+            ckpt.save(step, spread(whole(step), "one"), {}, {}, healthy=step != 4, eval_loss=loss)
+
+    run(work, 1)
+    assert names(folder) == ["latest", "step_3", "step_7", "step_8"]
+    there = Store(folder)
+    assert there.best() == there.path(3) and store.eval_loss(there.path(3)) == 1.5
+    code, listed = said("ls", folder)
+    assert code == 0 and [line.partition("ranks")[2].partition("eval")[2] for line in listed.splitlines()] == [
+        " loss 1.8000",
+        " loss 1.9000",
+        " loss 1.5000, the lowest",
+    ]
+    assert said("rm", folder, 3) == (2, f"error: {there.path(3)}: has the lowest evaluation loss; add --force to delete it all the same\n")
+    rot(there.path(3))
+    assert Store(folder).best() == there.path(8)
+    assert Store(folder).ranked()[0] == there.path(3)  # which reads nothing
+    assert said("rm", folder, 3) == (0, "step_3           deleted\n")
+
+
 def rot(path) -> None:
     """One bit of a tensor's file turns; sizes stay."""
     file = path / "__0_0.distcp"
@@ -276,6 +303,7 @@ def test_random_sequences_against_an_oracle(folder, monkeypatch, capsys):
     run_.folder.mkdir()
     about = {"format": store.FORMAT, "written": "", "origin": None, "layout": {"world": 1}, "identity": {}, "config": {}}
     there, healthy, pins, short, rotten = set(), set(), set(), set(), set()  # steps; short and rotten: how they are damaged
+    losses: dict[int, float | None] = {}
     step, seen, last = 0, [], 0
     done = Counter()
 
@@ -287,7 +315,11 @@ def test_random_sequences_against_an_oracle(folder, monkeypatch, capsys):
     def old(keep: int) -> list[int]:
         """What retention deletes, in its order. What is rotten does not count, and goes like any other: nobody has read it."""
         kept = sorted((there - short - rotten) & healthy)[-keep:]
-        return sorted((s for s in there - short - pins if len(kept) == keep and s < kept[0]), reverse=True)
+        return sorted((s for s in there - short - pins - best() if len(kept) == keep and s < kept[0]), reverse=True)
+
+    def best() -> set[int]:
+        ranked = sorted((losses[s], -s) for s in (there - short - rotten) & healthy if losses[s] is not None)
+        return {-step for _, step in ranked[:1]}
 
     def tool_(*argv: object) -> int:
         code = tool([str(a) for a in argv])
@@ -300,12 +332,12 @@ def test_random_sequences_against_an_oracle(folder, monkeypatch, capsys):
         one = dice.choice(sorted(there)) if there else None
         if act in ("save", "die"):
             step += dice.randint(1, 3)
-            keep, well = dice.randint(2, 4), dice.random() < 0.7
+            keep, well, losses[step] = dice.randint(2, 4), dice.random() < 0.7, dice.choice((None, 1.0, 1.5, 2.0))
             seen, last = [], dice.randint(1, 18) if act == "die" else 0
             try:
                 aside = run_.begin(step)
                 files = {name: store.write_file(aside / name, b"%d" % step * 9) for name in ("data", *store.LIMITS)}
-                store.write_manifest(aside, about | {"step": step, "healthy": well, "files": files})
+                store.write_manifest(aside, about | {"step": step, "healthy": well, "eval_loss": losses[step], "files": files})
                 run_.publish(aside, step)
                 run_.settle(keep)
                 died = False
@@ -340,7 +372,7 @@ def test_random_sequences_against_an_oracle(folder, monkeypatch, capsys):
             assert tool_("verify", folder, one) == (2 if one in short | rotten else 0)
         else:
             whole = sorted(there - short - rotten, reverse=True)
-            guarded = {one} & (pins | set(whole[:1]) | set([s for s in whole if s in healthy][:1]))
+            guarded = {one} & (pins | best() | set(whole[:1]) | set([s for s in whole if s in healthy][:1]))
             code = tool_("rm", folder, one, *["--force"] * (act != "rm"))
             assert code == (2 if guarded and act == "rm" else 0)
             done["refused"] += code == 2
@@ -611,7 +643,7 @@ def test_tensors_that_change_before_they_are_copied_are_an_error(folder):
         ckpt.save(1, tensors, {"position": 1}, {})
         if rank == 1:
             next(iter(tensors.values())).fill_(-1)
-        with pytest.raises(RankFailed, match="rank 1: AssertionError: .* was changed while it was copied"):
+        with pytest.raises(RankFailed, match=r"rank 1: AssertionError: .* was changed while it was copied"):
             ckpt.wait()
         return ckpt.store.steps()
 
