@@ -51,6 +51,7 @@ class RunSection:
     """Where it runs."""
 
     device: Annotated[Literal["auto", "cpu", "cuda"], "auto: CUDA if there is one, else CPU."] = "auto"
+    deterministic: Annotated[bool, "The same bits each time on a GPU too, somewhat slower; an operation that cannot is an error."] = False
 
 
 @dataclass(frozen=True)
@@ -370,7 +371,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
     out = Path(cfg.output.path)
     with ExitStack() as stack:
         axes, _ = launch.together("layout", lambda: (sizes(cfg.parallel, launch.world), check_trackers(cfg.log.trackers)))
-        device = launch.together("device", lambda: launch.device(cfg.run.device))
+        device = launch.together("device", lambda: launch.device(cfg.run.device, cfg.run.deterministic))
         alike(launch, "settings", lambda: settings(cfg), "start all ranks with the same config")
         log = stack.enter_context(launch.together("log", lambda: Log(out, launch.rank)))
         shared(launch, out, "output.path")

@@ -158,8 +158,13 @@ class Launch:
                 look()
                 looked = time.monotonic()
 
-    def device(self, wanted: str) -> torch.device:
-        """`auto`: this rank's CUDA device if there is one, else the CPU."""
+    def device(self, wanted: str, deterministic: bool = False) -> torch.device:
+        """`auto`: this rank's CUDA device if there is one, else the CPU. deterministic: of torch's kernels, only those whose sums have one
+        order (https://docs.pytorch.org/docs/stable/notes/randomness.html)."""
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # for finding reads of it; a pass over every new tensor
         if wanted == "cuda" and not torch.cuda.is_available():
             raise ConfigError("but this machine has no usable CUDA device; use run.device=cpu", "run.device", wanted)
         if wanted == "cpu" or not torch.cuda.is_available():

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import train
@@ -324,6 +325,22 @@ def test_a_checkpoint_that_no_disk_took_is_said_before_and_at_the_end(make, monk
     monkeypatch.undo()
     assert "none can be saved" not in ok(argv, 2, out)  # from the beginning, as nothing was saved
     assert (out / "checkpoints" / "step_3").is_dir()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_deterministic_run_takes_no_operation_that_is_not(make, monkeypatch, wanted):
+    """In a process of its own: torch's flag is of the process."""
+
+    def stands_for_such_an_operation(*args):
+        torch.zeros(2, 2).put_(torch.tensor([0, 0]), torch.ones(2))  # without `accumulate`, which of the two stays is open
+        return export(*args)
+
+    export = train.export
+    monkeypatch.setattr(train, "export", stands_for_such_an_operation)
+    argv, out = make(f"[train]\nsteps = 1\n[run]\ndeterministic = {str(wanted).lower()}\n")
+    ranks = launch.run(argv, 1, out / "out")
+    assert ranks.wait() == [int(wanted)]
+    assert ("put_ does not have a deterministic implementation" in ranks.output()) == wanted
 
 
 def test_random_states_come_back_with_a_checkpoint(make, monkeypatch):

@@ -650,6 +650,31 @@ def test_tensors_that_change_before_they_are_copied_are_an_error(folder):
     assert run(work, 2) == [[], []]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_copy_from_a_gpu_is_of_the_moment_of_the_call(folder):
+    """What was launched before the call is in it, what was launched after `before_update` is not; the host waits for neither."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ckpt, x = checkpointer(folder, async_=True), torch.zeros(1 << 27, device="cuda")
+        for step in (1, 2):
+            torch.cuda._sleep(1 << 28)  # about 0.15 s, in which nothing that follows has begun
+            x.fill_(step)
+            begun = time.monotonic()
+            ckpt.save(step, {"x": x}, {"position": step}, {})
+            ckpt.before_update()
+            asked = time.monotonic() - begun
+            x.fill_(-1)
+            assert ckpt.wait().path is not None
+            found = checkpointer(folder).find()
+            back = {"x": torch.full_like(x, math.nan, device="cpu")}
+            assert checkpointer(folder).load(found, back) == {"position": step}
+            assert back["x"].eq(step).all()
+        assert asked < 0.1  # at the second one, whose memory is there
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_background_failure_comes_with_the_next_poll(folder):
     def work(rank, world):
         said = []
