@@ -353,7 +353,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
     from optim.adamw import choose, set_lr, state_tensors
     from optim.clip import clip
     from optim.schedule import factor
-    from parallel import offload
+    from parallel import memory, offload
     from parallel.apply import check
     from parallel.context import split
     from parallel.fsdp import last_backward
@@ -382,6 +382,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         alike(launch, "contents", lambda: contents(cfg, inputs, who), "give every node the same model folder, adapter and data")
         launch.together("shares", lambda: (check(cfg, axes, inputs.arch, cfg.lora), check_device(cfg, device)))
         peers = stack.enter_context(Peers(launch, cfg.parallel.timeout_s, log.last, lambda: remains(out)))
+        stack.enter_context(memory.explained(cfg, launch, device, axes, inputs.arch))
         launch.connect(device, cfg.parallel.timeout_s)
         mesh, stop = Mesh.build(cfg.parallel, device), Stop().install()
 
@@ -420,9 +421,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
             states = ckpt.rng(found)
             launch.together("random state", lambda: restore_random(states, found.path))
 
-        if launch.rank == 0:
-            (out / "resolved.toml").write_text(resolved, encoding="utf-8")
-            (out / "result.json").unlink(missing_ok=True)  # an export that lies there is of an earlier run
+        launch.together("records", lambda: begin_records(out, resolved, log) if launch.rank == 0 else None)
         kept_back = ["held out: " + inputs.held_out.report()] if inputs.held_out else []
         data = (inputs.documents.report(), *kept_back, stream.report(), stream.preview(inputs.tokenizer), ckpt.forecast(kept))
         for line in (mesh.describe(), *report, chosen, *data):
@@ -518,10 +517,10 @@ def run(cfg: RunConfig, launch: Launch) -> None:
                 raise NotSaved(f"stopped by request after {unsaved}")
             return log(f"stopped by request after step {state['step']}; the same command resumes")
         export(cfg, inputs, net, mesh, stream.take(1)[0], log)
-        if launch.rank == 0:
-            (out / "result.json").write_text(json.dumps(result(cfg, state["step"])) + "\n", encoding="utf-8")
-        if unsaved:
-            raise NotSaved(f"the result is exported after {unsaved}")
+        told = json.dumps(result(cfg, state["step"])) + "\n"
+        untold = launch.first("result", lambda: unwritten(out / "result.json", told))
+        if unsaved or untold:
+            raise NotSaved(f"the result is exported after {unsaved}" if unsaved else f"the result is exported, but {untold}")
 
 
 def restore_random(states: dict[str, torch.Tensor] | None, path: Path) -> None:
@@ -535,8 +534,31 @@ def restore_random(states: dict[str, torch.Tensor] | None, path: Path) -> None:
         raise ModelError(f"holds a random state that is not one of ours: {clean(error)}", path) from None
 
 
+def unwritten(path: Path, text: str) -> str:
+    """Writes a file of the run's folder; why it could not, or nothing."""
+    from runtime.files import replace_text
+
+    try:
+        replace_text(path, text)
+    except OSError as error:
+        return f"{path} cannot be written ({error.strerror})"
+    return ""
+
+
+def begin_records(out: Path, resolved: str, log: Log) -> None:
+    """resolved.toml, without which a run goes on; and no result.json, as an export that lies there is of an earlier run."""
+    if problem := unwritten(out / "resolved.toml", resolved):
+        log(f"{problem}; checkpoints have a copy")
+    try:
+        (out / "result.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise ModelError(
+            f"cannot be removed ({error.strerror}): it tells of an earlier export; move it away", out / "result.json"
+        ) from None
+
+
 class NotSaved(UserError):
-    """The disk did not take the last checkpoint of a run that went on without it."""
+    """The disk did not take the last checkpoint of a run that went on without it, or what says that it has ended."""
 
     exit_code = 1
 
@@ -564,11 +586,13 @@ def result(cfg: RunConfig, step: int) -> dict[str, object]:
 
 def exported(out: Path) -> dict[str, object] | None:
     """What the export folder holds (see `result`), None if it holds nothing."""
+    from runtime.checkpoint.store import read_small
+
     if not (out / "export").is_dir():
         return None
     try:
-        return json.loads((out / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json.loads(read_small(out / "result.json", 1 << 16))
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import stat
 from pathlib import Path
 from typing import BinaryIO
@@ -37,6 +38,22 @@ def open_regular(path: str | Path, follow: bool = True) -> BinaryIO:
     except BaseException:
         os.close(fd)
         raise
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file that appears whole or not at all, and not where a link leads that lies there.
+
+    Raises:
+        OSError: the disk refuses it; what was there is as before.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(aside, "x", encoding="utf-8") as file:
+            file.write(text)
+        aside.replace(path)
+    except OSError as e:
+        aside.unlink(missing_ok=True)
+        raise OSError(e.errno, e.strerror, str(path)) from None
 
 
 def inside(path: Path, folder: Path | None = None, error: type[UserError] = ModelError) -> Path:

@@ -24,7 +24,7 @@ import pickletools
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -75,18 +75,21 @@ class Snapshot:
             if name not in buffers or buffers[name].shape != t.shape or buffers[name].dtype != t.dtype:
                 buffers[name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
         self._buffers, self._versions = {name: buffers[name] for name in self.local}, [t._version for _, t in self._counted]
-        self._begins = {t.device: torch.cuda.current_stream(t.device).record_event() for t in self.local.values() if t.is_cuda}
+        devices = {t.device for t in self.local.values() if t.is_cuda}
+        self._begins = {device: torch.cuda.current_stream(device).record_event() for device in devices}
         self._ends: dict[torch.device, torch.cuda.Event] = {}
         self._begun = threading.Event()
 
     def stage(self) -> None:
         """Copies, on streams of its own, and is what is written from then on."""
         try:
+            for device in self._begins:  # a thread begins on device 0, and would make a context there
+                torch.cuda.set_device(device)
             streams = {device: torch.cuda.Stream(device) for device in self._begins}
             for device, stream in streams.items():
                 stream.wait_event(self._begins[device])
             for name, t in self.local.items():
-                with torch.cuda.stream(streams.get(t.device)):
+                with torch.cuda.stream(streams[t.device]) if t.is_cuda else nullcontext():
                     self._buffers[name].copy_(t, non_blocking=True)
             self._ends = {device: stream.record_event() for device, stream in streams.items()}
         finally:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import train
 from objective import evaluate
 from parallel import compile
+from runtime import files
 from runtime.checkpoint.store import Store
 from runtime.config import load, to_toml
 from runtime.errors import ModelError
@@ -184,6 +185,59 @@ def test_an_export_of_an_earlier_run_is_no_result(make, monkeypatch):
     shutil.rmtree(out / "export")
     ok(argv, 1, out)
     assert weights(out) == result
+
+
+@pytest.mark.parametrize("name", ["resolved.toml", "result.json"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_what_lies_where_a_run_writes_its_records(make, tmp_path, name, kind):
+    """Nothing outside is written to, nothing is waited for; what cannot be replaced is said in one line."""
+    argv, out = make("[train]\nsteps = 1\n")
+    theirs, there = tmp_path / "theirs", out / name
+    theirs.write_text("theirs")
+    out.mkdir()
+    {"link": lambda: there.symlink_to(theirs), "pipe": lambda: os.mkfifo(there), "folder": there.mkdir}[kind]()
+    ranks = launch.run(argv, 2, tmp_path / "logs")
+    codes, text = ranks.wait(60), ranks.output()
+    assert theirs.read_text() == "theirs" and "Traceback" not in text and "(traceback in" not in text
+    if kind != "folder":
+        assert codes == [0, 0] and there.is_file() and not there.is_symlink()
+    elif name == "resolved.toml":
+        assert codes == [0, 0] and f"{there} cannot be written (Is a directory); checkpoints have a copy" in text
+    else:
+        assert codes == [2, 2] and f"error: {there}: cannot be removed (Is a directory)" in text
+    assert not list(out.glob(".*"))
+
+
+def test_a_result_that_the_disk_does_not_take(make, monkeypatch):
+    def refuse(path, text):
+        if path.name == "result.json":
+            raise OSError(28, "No space left on device", str(path))
+        real(path, text)
+
+    real = files.replace_text
+    monkeypatch.setattr(files, "replace_text", refuse)
+    argv, out = make("[train]\nsteps = 1\n")
+    ranks = launch.run(argv, 2, out / "out")
+    assert ranks.wait() == [1, 1]
+    says = f"error: the result is exported, but {out}/result.json cannot be written (No space left on device)"
+    assert ranks.output().count(says) == 1 and "Traceback" not in ranks.output()
+    monkeypatch.undo()
+    assert f"resuming from {out}/checkpoints/step_1" in ok(argv, 2, out)
+    assert (out / "result.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "zero", "nested"])
+def test_a_result_of_another_kind_is_none(make, kind):
+    argv, out = make("[train]\nsteps = 1\n")
+    ok(argv, 1, out)
+    (out / "result.json").unlink()
+    make_it = {
+        "pipe": lambda path: os.mkfifo(path),
+        "zero": lambda path: path.symlink_to("/dev/zero"),
+        "nested": lambda path: path.write_text("[" * 10**5),
+    }
+    make_it[kind](out / "result.json")
+    assert f"exported to {out}/export" in ok(argv, 1, out)
 
 
 def test_early_stopping_ends_the_run_and_exports(make):
