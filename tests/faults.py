@@ -1,7 +1,7 @@
 """Signals, full disks, damaged files and a launcher that restarts: what each does to a run, counted.
 
-    python -m tests.faults signals --count 150      [--seed 0] [--out benchmarks/results/faults.json] [--each N] [--folder DIR]
-    python -m tests.faults disks   --count 20
+    python -m tests.faults signals --count 150  [--layouts "4 ranks"] [--seed 0] [--out benchmarks/results/faults.json] [--each N] [--folder DIR]
+    python -m tests.faults disks   --count 30
     python -m tests.faults damage  --count 1000
     python -m tests.faults restarts --count 25
 
@@ -10,20 +10,21 @@ those of the same run that nobody disturbed. The counts live in a section of the
 goes on from there, up to `--count` in all. All that is bad has to be 0, or the exit code is 1 and the folders of what went wrong stay.
 
 signals. SIGTERM, SIGINT or SIGUSR1 to one rank at a random moment, aimed at a phase: starting, waiting for data (made slow), in a step, in
-an evaluation, in a save. A rank notes where it is in memory shared with this process. Then the same command goes on. Both ranks must end
+an evaluation, in a save. A rank notes where it is in memory shared with this process. Then the same command goes on. All ranks must end
 with code 0, the step must be saved (unsaved), at most the step in progress may be lost (lost_steps), and it may take `END_S` and
 `BUSY` times a step and a save (late). Before training there is nothing to save: the process ends as it would without us, and so do the
 others. One in six is followed by a second signal, in a save that the disk has made slow: the process must end at once (`AT_ONCE_S`)
 with 128 + its number, the others notice, and the newest complete checkpoint is where the next start begins (wrong_codes).
 
-disks. One disk of each size from 0.2 to 3 checkpoints, in turn: small from the beginning, or so much is left when something else fills it
-at a random point of a save (and in half of these makes room again, two saves later). The run must reach its last step (ended_early), its
+disks. Three kinds in turn, those of each size from 0.2 to 3 checkpoints: small from the beginning; so much is left when something else fills
+it at a random point of a save; read-only from such a point on, for files that are open as well. In half of the last two there is room again,
+or it can be written again, two saves later: records may be missing only if the run said so (lost_records). The run must reach its last step (ended_early), its
 newest checkpoint must verify whatever failed after it (lost_checkpoints), each failed save must name a path, the need and what is free
 (unclear_messages). Then there is room, and the same command must end like the undisturbed run. The disk is a tmpfs in a mount namespace
 of its own; where that is not allowed, a limit on the size of files stands for it, and the counts say so (`by`).
 
 damage. One file of the newest checkpoint or of the two newest is changed as disks and copies do: a bit, a block of zeros, a byte too many,
-the end cut off, gone. Verification must find it (undetected) and name the file (unnamed), and both ranks must go back to the newest
+the end cut off, gone. Verification must find it (undetected) and name the file (unnamed), and all ranks must go back to the newest
 checkpoint that is intact (wrong_choices). Twice a visit a whole run starts from there, and must end like the undisturbed one.
 
 restarts. Under `torchrun --max-restarts 3` one rank is killed up to three times, half of the time before it has trained again: torchrun
@@ -61,7 +62,7 @@ from runtime.checkpoint import Checkpointer, checkpointer, store
 from runtime.checkpoint.store import Damaged, Store
 from runtime.sections import CheckpointConfig
 from tests import campaign, launch
-from tests.campaign import START_S, STEPS, SURVIVE_S, WORLD, Stage, records
+from tests.campaign import START_S, STEPS, SURVIVE_S, Stage, records
 from tests.runtime.saving import hurt, run_folder
 
 EVALUATION = "[eval]\nsplit = 0.5\nevery = 3\n"
@@ -111,7 +112,7 @@ def signalled(stage: Stage, out: Path, most: int) -> int:
     counts, watch, dice, pace = stage.counts, stage.watch, stage.dice, stage.calm.pace
     sent = 0
     while True:
-        number, victim = dice.choice(stop.SIGNALS), dice.randrange(WORLD)
+        number, victim = dice.choice(stop.SIGNALS), dice.randrange(stage.world)
         target = dice.choice(AIMS) if sent < min(most, PATIENCE) else ""
         twice = bool(target) and counts["second_signals"] < (counts["signals"] + 3) // 6
         target = dice.choice(("step", "evaluation", "save")) if twice else target
@@ -146,24 +147,24 @@ def signalled(stage: Stage, out: Path, most: int) -> int:
         took, text = time.monotonic() - begun, ranks.output()
         stage.check_records(out)
         told = f"{signal.Signals(number).name} in {where}, step {doing}: {codes}\n{text}"
-        asked = STOPPED.search(text)
+        asked, others = STOPPED.search(text), {code for rank, code in enumerate(codes) if rank != victim}
         if second:
             counts.add("second_signals")
             counts.most("slowest_second_s", second[1])
-            right = codes[victim] == 128 + second[0] and codes[1 - victim] == 1 and second[1] < AT_ONCE_S
+            right = codes[victim] == 128 + second[0] and others == {1} and second[1] < AT_ONCE_S
             if not right:
                 stage.wrong("wrong_codes", out, f"a second signal {second}: {told}")
-        elif delivered and codes != [0] * WORLD:
+        elif delivered and codes != [0] * stage.world:
             default = {-number, 130, 1} if number == signal.SIGINT else {-number}
-            if listening or codes[victim] not in default or codes[1 - victim] == 0:
+            if listening or codes[victim] not in default or 0 in others:
                 stage.wrong("wrong_codes", out, told)
             counts.add("before_training", not listening)
-        elif codes != [0] * WORLD or (asked and not delivered):
+        elif codes != [0] * stage.world or (asked and not delivered):
             stage.wrong("lost_runs", out, told)
             return max(sent, 1)
         elif asked:
             saved(stage, out, int(asked[1]), doing, told)
-            allowed = END_S + BUSY * (pace.phases["step"] / STEPS + pace.save_s) + watch.reading_s + SLOW_DISK_S * WORLD * twice
+            allowed = END_S + BUSY * (pace.phases["step"] / STEPS + pace.save_s) + watch.reading_s + SLOW_DISK_S * stage.world * twice
             if not twice:
                 counts.most("slowest_end_s", took)
             if took > allowed:
@@ -344,16 +345,16 @@ def on_a_disk(stage: Stage, out: Path, number: int) -> campaign.Counts:
             store.verify(Store(out).path(max(good)))
         except Damaged as damage:
             stage.wrong("lost_checkpoints", out, f"{damage}: {told}")
-    if [watch.step(r) for r in range(WORLD)] != [STEPS] * WORLD or watch.phase(0) != "export" or len(ended) != STEPS // 2:
+    if [watch.step(r) for r in range(stage.world)] != [STEPS] * stage.world or watch.phase(0) != "export" or len(ended) != STEPS // 2:
         stage.wrong("ended_early", out, told)
-    counts.add("exports_failed", codes != [0] * WORLD)
+    counts.add("exports_failed", codes != [0] * stage.world)
     stage.check_records(out)
     disk.make_room()
     watch.at_point = lambda point: None
     ranks = stage.start(out)
     codes, text = ranks.wait(START_S), ranks.output()
     begins = re.search(r"resuming from \S+/step_(\d+)", text)
-    if codes != [0] * WORLD or (int(begins[1]) if begins else 0) != max(good, default=0):
+    if codes != [0] * stage.world or (int(begins[1]) if begins else 0) != max(good, default=0):
         stage.wrong("lost_runs", out, f"{told}\nthen {codes}\n{text}")
         return counts
     stage.check_records(out)
@@ -374,16 +375,17 @@ def damaged(stage: Stage, out: Path, most: int) -> int:
     counts, dice = stage.counts, stage.dice
     stage = replace(stage, case=replace(stage.case, more=("--checkpoint.keep=3",)))
     ranks = stage.start(out)
-    assert ranks.wait(START_S) == [0] * WORLD, ranks.output()
+    assert ranks.wait(START_S) == [0] * stage.world, ranks.output()
     stage.check_records(out)
     stage.check_end(out)
     with run_folder() as folder:
         seed = dice.randrange(1 << 30)
         shutil.copytree(out / "checkpoints", folder / "whole")
-        kinds, rounds, problems = local.run(fall_back, WORLD, folder, most, seed, timeout=600.0)[0]
+        kinds, rounds, problems = local.run(fall_back, stage.world, folder, most, seed, timeout=600.0)[0]
     for kind in kinds:
         counts.add("damages")
         counts.of("by", kind)
+        counts.of("layouts", stage.choice["layout"])
     for key, what in problems:
         stage.wrong(key, out, what)
     counts.add("fall_backs", rounds)
@@ -398,7 +400,7 @@ def damaged(stage: Stage, out: Path, most: int) -> int:
         stage.check_records(again)
         if unsaid := [path for path, name in hit.items() if not re.search(rf"skipped \S*/{path.name}: .*{re.escape(name)}", text)]:
             stage.wrong("unnamed", again, f"{unsaid}: {text}")
-        if codes != [0] * WORLD or f"resuming from {oldest if older in hit else older}\n" not in text:
+        if codes != [0] * stage.world or f"resuming from {oldest if older in hit else older}\n" not in text:
             stage.wrong("lost_runs", again, f"{codes} {text}")
         stage.check_end(again)
         counts.add("resumed_runs")
@@ -450,8 +452,7 @@ def fall_back(rank: int, world: int, folder: Path, most: int, seed: int) -> tupl
 # ----------------------------------------------------------------------------------------------------------------- restarts
 
 RESTARTS = 3
-TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(WORLD))
-ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", str(RESTARTS))
 
 
 class Restarts(campaign.Counts):
@@ -466,11 +467,11 @@ def restarted(stage: Stage, out: Path, most: int) -> int:
         begun, counted = time.monotonic(), kills
         counts.add("starts")
         with open(out / "torchrun.txt", "a") as said:
-            command = [sys.executable, *TORCHRUN, "--max-restarts", str(RESTARTS), "train.py", *stage.case.argv(out)]
-            agent = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            command = [sys.executable, *TORCHRUN, "--nproc-per-node", str(stage.world), "train.py", *stage.case.argv(out)]
+            agent = subprocess.Popen(command, cwd=campaign.ROOT, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
         whole, workers = dice.random() < 0.25, []
         for _ in range(min(most - kills, 1 if whole else RESTARTS)):
-            workers = new_workers(agent, workers)
+            workers = new_workers(agent, workers, stage.world)
             if not workers:
                 break
             moment(out, agent, workers, dice)
@@ -479,6 +480,7 @@ def restarted(stage: Stage, out: Path, most: int) -> int:
                 os.kill(victim, signal.SIGKILL)
                 kills += 1
                 counts.add("kills")
+                counts.of("layouts", stage.choice["layout"])
         if whole and kills > counted:
             counts.add("of_torchrun")
             agent.wait()
@@ -511,12 +513,12 @@ def log_of(out: Path) -> str:
     return "".join(path.read_text(errors="replace") for path in (out / "logs").glob("rank_*.log")) if (out / "logs").is_dir() else ""
 
 
-def new_workers(agent: subprocess.Popen, old: list[int]) -> list[int]:
+def new_workers(agent: subprocess.Popen, old: list[int], world: int) -> list[int]:
     """torchrun's ranks, once they are others than `old`; none if it ends instead."""
     while agent.poll() is None:
         found = [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
         found = [pid for pid in found if process_state(pid) == "runs"]
-        if len(found) == WORLD and not set(found) & set(old):
+        if len(found) == world and not set(found) & set(old):
             return found
         time.sleep(0.01)
     return []
@@ -554,24 +556,29 @@ KINDS: dict[str, tuple[type[campaign.Counts], Callable[[Stage, Path, int], int],
 }
 
 
-def count(kind: str, number: int, file: Path, seed: int = 0, each: int | None = None, folder: Path | None = None) -> campaign.Counts:
+def count(
+    kind: str, number: int, file: Path, seed: int = 0, each: int | None = None, folder: Path | None = None, layouts: str = ""
+) -> campaign.Counts:
     """Goes on until `file` counts so many."""
     counts, disturbed, usual = KINDS[kind]
     command = f"python -m tests.faults {kind} --count {number}"
-    return campaign.campaign(counts(file, seed, kind), counts.GOOD[0], number, each or usual, disturbed, folder, command, EVALUATION)
+    return campaign.campaign(
+        counts(file, seed, kind), counts.GOOD[0], number, each or usual, disturbed, folder, command, EVALUATION, layouts
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description="Signals, full disks, damaged files; see the module.")
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--count", type=int, required=True, help="in all, those that the file counts already included")
+    parser.add_argument("--layouts", default="", help='only those with one of these in their names: "tensor,context 4", or "4 ranks"')
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/faults.json"), help="the file with the counts")
     parser.add_argument("--each", type=int, help="of each combination")
     parser.add_argument("--folder", type=Path, help="where the runs lie; default: the system's temporary folder")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    counts = count(args.kind, args.count, args.out, args.seed, args.each, args.folder)
+    counts = count(args.kind, args.count, args.out, args.seed, args.each, args.folder, args.layouts)
     print(counts.line())
     return 1 if counts.bad() else 0
 

@@ -62,14 +62,14 @@ def test_killed_runs_end_with_the_same_bits(tmp_path):
 def test_combinations_come_in_turn_and_all_are_legal(tmp_path):
     """Few visits have every pair of choices; no combination is one that the product refuses."""
     number = math.prod(map(len, FACTORS.values()))
-    assert len({tuple(combination(v).values()) for v in range(number)}) == number == 3960
-    assert len({pair for v in range(99) for pair in combinations(combination(v).items(), 2)}) == sum(
+    assert len({tuple(combination(v).values()) for v in range(number)}) == number == 7920
+    assert len({pair for v in range(176) for pair in combinations(combination(v).items(), 2)}) == sum(
         len(a) * len(b) for a, b in combinations(FACTORS.values(), 2)
     )
-    for visit in range(0, number, 31):
+    for visit in range(0, number, 61):
         case = Case.write(tmp_path / str(visit), combination(visit), visit)
         cfg = load(RunConfig, case.folder / "case.toml")
-        check(cfg, sizes(cfg.parallel, 2), Arch.from_folder(case.folder / "model"), cfg.lora)
+        check(cfg, sizes(cfg.parallel, case.world), Arch.from_folder(case.folder / "model"), cfg.lora)
 
 
 def test_stop_and_resume_at_other_world_sizes_keeps_every_step(base):
