@@ -1,8 +1,8 @@
 """What campaigns of disturbed runs share (tests/chaos.py, tests/faults.py): the runs, what each rank is doing, how they must end, counts.
 
 A run is train.py's main on gloo ranks, as many as its layout has, forked from this process: a few steps with packing, accumulation, a
-checkpoint after every other step and an export. Every record that a disturbed run logs, and every byte it exports, must equal those of the same run that
-nobody disturbed; that includes records of steps that a later start did once more.
+checkpoint after every other step and an export. Every record that a disturbed run logs, and every byte it exports, must equal those of
+the same run that nobody disturbed; that includes records of steps that a later start did once more.
 
 A visit is a number of disturbances of one combination of features. Visit v takes choice v modulo n of each factor of `FACTORS`; the
 numbers of choices have no common divisor, so all 7,920 combinations come in turn, and soon every pair of choices. A campaign may keep to
@@ -454,10 +454,14 @@ class Stage:
             self.counts.add("differing_records", len(found) - 1)
             self.wrong("differing_records", out, found[:2])
 
-    def check_end(self, out: Path) -> None:
-        """Of a run that got through: nothing is missing, and the result is the undisturbed run's."""
+    def check_end(self, out: Path, lost: int = 0) -> None:
+        """Of a run that got through: nothing is missing, and the result is the undisturbed run's. Up to the step `lost` the run said that
+        records are."""
         self.counts.add("runs")
-        if missing := self.calm.records.keys() - records(out).keys():
+        missing = self.calm.records.keys() - records(out).keys()
+        if lost:
+            self.counts.add("lost_records", sum(step <= lost for step, _ in missing))
+        if missing := {(step, trained) for step, trained in missing if step > lost}:
             self.wrong("differing_records", out, f"{missing} are missing")
         if not (out / "export").is_dir():
             self.wrong("lost_runs", out, "there is no export")

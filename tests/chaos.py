@@ -1,9 +1,9 @@
 """Kills training runs at random moments and starts them again, until so many kills are counted.
 
-    python -m tests.chaos --kills 1000 [--layouts "4 ranks"] [--seed 0] [--out benchmarks/results/chaos.json] [--each 10] [--folder DIR]
+    python -m tests.chaos --kills 1000 [--layouts "4 ranks"] [--seed 0] [--each 10] [--out benchmarks/results/chaos.json]
 
-A run (tests/campaign.py) is killed (SIGKILL: one rank, of four sometimes two, or all), started again by the same command, killed again, until it gets
-through. A visit is `--each` kills of one combination of features.
+A run (tests/campaign.py) is killed (SIGKILL: one rank, of four sometimes two, or all), started again by the same command, killed again,
+until it gets through. A visit is `--each` kills of one combination of features.
 
 The moment: with probability `AIM` somewhere in one of the next saves, else anywhere between the fork and the time a whole run takes. A
 rank notes in memory shared with this process whether it saves and how far it is, so what a kill has hit is read, not guessed. A

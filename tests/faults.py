@@ -1,6 +1,6 @@
 """Signals, full disks, damaged files and a launcher that restarts: what each does to a run, counted.
 
-    python -m tests.faults signals --count 150  [--layouts "4 ranks"] [--seed 0] [--out benchmarks/results/faults.json] [--each N] [--folder DIR]
+    python -m tests.faults signals --count 150  [--layouts "4 ranks"] [--seed 0] [--each N] [--out benchmarks/results/faults.json]
     python -m tests.faults disks   --count 30
     python -m tests.faults damage  --count 1000
     python -m tests.faults restarts --count 25
@@ -16,12 +16,13 @@ with code 0, the step must be saved (unsaved), at most the step in progress may 
 others. One in six is followed by a second signal, in a save that the disk has made slow: the process must end at once (`AT_ONCE_S`)
 with 128 + its number, the others notice, and the newest complete checkpoint is where the next start begins (wrong_codes).
 
-disks. Three kinds in turn, those of each size from 0.2 to 3 checkpoints: small from the beginning; so much is left when something else fills
-it at a random point of a save; read-only from such a point on, for files that are open as well. In half of the last two there is room again,
-or it can be written again, two saves later: records may be missing only if the run said so (lost_records). The run must reach its last step (ended_early), its
-newest checkpoint must verify whatever failed after it (lost_checkpoints), each failed save must name a path, the need and what is free
-(unclear_messages). Then there is room, and the same command must end like the undisturbed run. The disk is a tmpfs in a mount namespace
-of its own; where that is not allowed, a limit on the size of files stands for it, and the counts say so (`by`).
+disks. Three kinds in turn, and of all sizes from 0.2 to 3 checkpoints those that are small from the beginning, or have so much left when
+something else fills them at a random point of a save. The third kind is read-only from such a point on, for the records and logs that are
+open as well. In half of the last two kinds that ends two saves later. The run must reach its last step (ended_early), its newest
+checkpoint must verify whatever failed after it (lost_checkpoints), each failed save must name a path, the need and what is free, and
+nothing may end in a traceback (unclear_messages). Records may be missing if the run said so (lost_records), and only up to the step it goes
+on from. Then the disk can be written and has room, and the same command must end like the undisturbed run. The disk is a tmpfs in a mount
+namespace of its own; where that is not allowed, a limit on the size of files stands for it, and the counts say so (`by`).
 
 damage. One file of the newest checkpoint or of the two newest is changed as disks and copies do: a bit, a block of zeros, a byte too many,
 the end cut off, gone. Verification must find it (undetected) and name the file (unnamed), and all ranks must go back to the newest
@@ -35,6 +36,7 @@ yet, and the same command must go on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -46,6 +48,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -208,12 +211,12 @@ def saved(stage: Stage, out: Path, step: int, doing: int, told: str) -> None:
 
 SIZES = [round(0.2 + 2.8 * i / 19, 2) for i in range(20)]  # in checkpoints
 OTHERS = 256 << 10  # logs, metrics, an export
-PROBLEM = re.compile(r"(/\S+): [A-Z][\w ]+ \(it needs [\d.]+ [KM]?i?B, [\d.]+ [KMGT]?i?B are free in (/\S+)\)")
-NEW_NAMESPACE, NEW_USER, PRIVATE, REMOUNT = 0x20000, 0x10000000, 0x44000, 0x20
+PROBLEM = re.compile(r"(/\S+): [A-Z][\w -]+ \(it needs [\d.]+ [KM]?i?B, [\d.]+ [KMGT]?i?B are free in (/\S+)\)")
+NEW_NAMESPACE, NEW_USER, PRIVATE, READ_ONLY, REMOUNT, BIND = 0x20000, 0x10000000, 0x44000, 0x1, 0x20, 0x1000
 
 
 class Disks(campaign.Counts):
-    GOOD = ("disks", "saves", "failed_saves", "exports_failed")
+    GOOD = ("disks", "saves", "failed_saves", "exports_failed", "lost_records")
     BAD = (*campaign.Counts.BAD, "lost_checkpoints", "ended_early", "unclear_messages")
 
 
@@ -245,13 +248,51 @@ class Tmpfs:
         """The ranks start."""
 
     def make_room(self) -> None:
+        """It can be written, and has room."""
+        self.protect(False)
         (self.folder / "ballast").unlink(missing_ok=True)
         self._mount(256 << 20, REMOUNT)
+
+    def protect(self, on: bool) -> None:
+        """Read-only, by a mount over it: the one below has files that are open for writing, and cannot be (see `OpenFiles`)."""
+        folder = os.fsencode(self.folder)
+        if on:
+            self._call("mount", folder, folder, None, BIND, None)
+        if on or self.is_read_only():
+            self._call("mount", None, folder, None, REMOUNT | BIND | READ_ONLY * on, None)
+
+    def is_read_only(self) -> bool:
+        return bool(os.statvfs(self.folder).f_flag & os.ST_RDONLY)
 
     def fill(self, but: int) -> None:
         found = os.statvfs(self.folder)
         with open(self.folder / "ballast", "wb") as file:
             os.posix_fallocate(file.fileno(), 0, max(1, found.f_bavail * found.f_frsize - but))
+
+
+class OpenFiles:
+    """What a rank keeps open for writing: records and its log. A read-only mount over the disk does not reach them, so their descriptors
+    are exchanged for such as cannot be written to, and back."""
+
+    def __init__(self, disk: Tmpfs):
+        self.disk, self._kept, self._lock = disk, {}, threading.Lock()  # by descriptor: itself, as it was
+
+    def follow(self) -> None:
+        """Does to them what has happened to the disk. Called in each rank, at points of its saves."""
+        with self._lock:
+            if self.disk.is_read_only() and not self._kept:
+                for path in (self.disk.folder / "metrics.jsonl", self.disk.folder / "logs" / f"rank_{os.environ['RANK']}.log"):
+                    for fd in map(int, os.listdir("/proc/self/fd")):
+                        with contextlib.suppress(OSError):  # the listing's own is gone
+                            if os.path.samestat(os.fstat(fd), path.stat()):
+                                self._kept[fd] = os.dup(fd)
+                                with open(path, "rb") as other:
+                                    os.dup2(other.fileno(), fd)
+            elif self._kept and not self.disk.is_read_only():
+                for fd, kept in self._kept.items():
+                    os.dup2(kept, fd)
+                    os.close(kept)
+                self._kept = {}
 
 
 class Limit:
@@ -300,46 +341,50 @@ def on_a_disk(stage: Stage, out: Path, number: int) -> campaign.Counts:
     dice = random.Random(f"{counts['seed']} disk {number}")
     newest = store.read_manifest(Store(stage.case.folder / "calm").steps()[0])
     nbytes = sum(record["size"] for record in newest["files"].values())
-    fills = number % 2 == 1
+    what = ("", ", filled in a save", ", read-only from a save on")[number % 3]
     try:
-        disk = Tmpfs(out, 64 << 20 if fills else int(OTHERS + checkpointer._SLACK + share * nbytes))
+        disk = Tmpfs(out, 64 << 20 if what else int(OTHERS + checkpointer._SLACK + share * nbytes))
     except OSError as refused:
         print(f"no disk of its own ({refused}): a limit on the size of files stands for it", file=sys.stderr)
         largest = max(record["size"] for record in newest["files"].values())
-        disk, fills = Limit(out, int(share / SIZES[-1] * 1.2 * largest)), False
-    if fills:
-        save, point, back, seen = dice.randint(2, 4), dice.randrange(24), dice.random() < 0.5, []
+        disk, what = Limit(out, int(share / SIZES[-1] * 1.2 * largest)), ""
+    if what:
+        save, point, back, seen, files = dice.randint(2, 4), dice.randrange(24), dice.random() < 0.5, [], OpenFiles(disk)
 
         def at_point(name: str) -> None:
             begun = watch._get(0, "begun")
-            if os.environ["RANK"] != "0" or begun < save:
-                return
-            if begun == save:
+            if os.environ["RANK"] == "0" and save <= begun < save + 2:
                 seen.append(name)
                 if len(seen) == point + 1:
-                    disk.fill(but=int((32 << 10) + share / 3 * nbytes))
-            elif back and begun >= save + 2:
+                    disk.protect(True) if "read-only" in what else disk.fill(but=int((32 << 10) + share / 3 * nbytes))
+            elif os.environ["RANK"] == "0" and back and begun >= save + 2:
+                disk.protect(False)
                 (out / "ballast").unlink(missing_ok=True)
+            files.follow()
 
         watch.at_point = at_point
     counts.add("disks")
-    counts.of("by", f"{disk.kind}{', filled in a save' * fills}")
+    counts.of("by", f"{disk.kind}{what}")
+    counts.of("layouts", stage.choice["layout"])
     disk.begin()
     ranks = stage.start(out)
     if isinstance(disk, Limit):
         disk.make_room()
     codes, text = ranks.wait(START_S), ranks.output()
-    told = f"{disk.kind}, {share} checkpoints, filled in a save: {fills}: {codes}\n{text}"
-    ended = [(int(step), what) for step, what in re.findall(r"checkpoint of step (\d+): (.*)", text)]
-    failures = [(step, what) for step, what in ended if what.startswith("not saved")]
-    good = [step for step, what in ended if not what.startswith("not saved")]
+    told = f"{disk.kind}{what}, {share} checkpoints: {codes}\n{text}"
+    ended = [(int(step), said) for step, said in re.findall(r"checkpoint of step (\d+): (.*)", text)]
+    failures = [(step, said) for step, said in ended if said.startswith("not saved")]
+    good = [step for step, said in ended if not said.startswith("not saved")]
     counts.add("saves", len(good))
     counts.add("failed_saves", len(failures))
-    for step, what in failures:
-        found = PROBLEM.search(what)
-        counts.of("failed", "not begun for want of room" if found and found[1] == found[2] else "while it was written")
+    for step, said in failures:
+        found = PROBLEM.search(said)
+        cause = "read-only" if "Read-only" in said else "while it was written"
+        counts.of("failed", "not begun for want of room" if found and found[1] == found[2] else cause)
         if not (found and Path(found[1]).is_relative_to(out) and Path(found[2]).is_relative_to(out)):
-            stage.wrong("unclear_messages", out, f"step {step}: {what}")
+            stage.wrong("unclear_messages", out, f"step {step}: {said}")
+    if "Traceback" in text:
+        stage.wrong("unclear_messages", out, told)
     if good:
         try:
             store.verify(Store(out).path(max(good)))
@@ -358,7 +403,7 @@ def on_a_disk(stage: Stage, out: Path, number: int) -> campaign.Counts:
         stage.wrong("lost_runs", out, f"{told}\nthen {codes}\n{text}")
         return counts
     stage.check_records(out)
-    stage.check_end(out)
+    stage.check_end(out, lost=max(good, default=0) if "records are lost" in told else 0)
     return counts
 
 
