@@ -5,7 +5,7 @@ checkpoint after every other step and an export. Every record that a disturbed r
 the same run that nobody disturbed; that includes records of steps that a later start did once more.
 
 A visit is a number of disturbances of one combination of features. Visit v takes choice v modulo n of each factor of `FACTORS`; the
-numbers of choices have no common divisor, so all 7,920 combinations come in turn, and soon every pair of choices. A campaign may keep to
+numbers of choices have no common divisor, so all 8,415 combinations come in turn, and soon every pair of choices. A campaign may keep to
 some of the layouts: then it passes over the other visits.
 
 The counts live in a file and are written after each visit; the same command goes on from there. All that is bad has to be 0, or the
@@ -90,6 +90,7 @@ LAYOUTS = {  # the number of ranks, and the section; on all products of two axes
     "context 4, ring": (4, '[parallel]\ncontext = 4\ncontext_method = "ring"\n'),
     "shard 2, weights kept for the backward": (2, '[parallel]\nreshard = "backward"\nprefetch = 2\n'),
     "shard 4, whole copies on each 2": (4, "[parallel]\nreshard = 2\n"),
+    "one rank": (1, "[parallel]\n"),
 }
 FACTORS: dict[str, dict[str, str]] = {
     "layout": {name: section for name, (_, section) in LAYOUTS.items()},

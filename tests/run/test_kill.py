@@ -51,7 +51,8 @@ def base(tmp_path_factory):
 
 def test_killed_runs_end_with_the_same_bits(tmp_path):
     """A slice of the campaign whose counts are benchmarks/results/chaos.json."""
-    counts = chaos.kill(KILLS, tmp_path / "counts.json", seed=1, each=10, folder=tmp_path)
+    counts = chaos.kill(KILLS, tmp_path / "counts.json", seed=1, each=12, folder=tmp_path)
+    assert list(counts["by"]["layout"]) == ["shard 2", "replicate 2 x shard 2"]
     assert counts["kills"] == KILLS and counts["visits"] == 2 and counts["starts"] == KILLS + counts["runs"]
     assert counts["records"] >= 10 * counts["runs"] and counts["in_saves"] == sum(counts["at"].values())
     assert {key: counts[key] for key in counts.BAD} == dict.fromkeys(counts.BAD, 0)
@@ -62,8 +63,8 @@ def test_killed_runs_end_with_the_same_bits(tmp_path):
 def test_combinations_come_in_turn_and_all_are_legal(tmp_path):
     """Few visits have every pair of choices; no combination is one that the product refuses."""
     number = math.prod(map(len, FACTORS.values()))
-    assert len({tuple(combination(v).values()) for v in range(number)}) == number == 7920
-    assert len({pair for v in range(176) for pair in combinations(combination(v).items(), 2)}) == sum(
+    assert len({tuple(combination(v).values()) for v in range(number)}) == number == 8415
+    assert len({pair for v in range(187) for pair in combinations(combination(v).items(), 2)}) == sum(
         len(a) * len(b) for a, b in combinations(FACTORS.values(), 2)
     )
     for visit in range(0, number, 61):
