@@ -341,7 +341,7 @@ def on_a_disk(stage: Stage, out: Path, number: int) -> campaign.Counts:
     dice = random.Random(f"{counts['seed']} disk {number}")
     newest = store.read_manifest(Store(stage.case.folder / "calm").steps()[0])
     nbytes = sum(record["size"] for record in newest["files"].values())
-    what = ("", ", filled in a save", ", read-only from a save on")[number % 3]
+    what = ("", ", read-only from a save on", ", filled in a save")[number % 3]
     try:
         disk = Tmpfs(out, 64 << 20 if what else int(OTHERS + checkpointer._SLACK + share * nbytes))
     except OSError as refused:

@@ -12,7 +12,7 @@ from tests import chaos, faults
 ROOT = Path(__file__).resolve().parents[2]
 
 WORDS = {"signals": "signals", "disks": "disks", "damage": "damaged files", "restarts": "kills", "chaos": "kills"}
-SLICES = {"signals": 6, "disks": 3, "damage": 30, "restarts": 1}
+SLICES = {"signals": 6, "disks": 2, "damage": 30, "restarts": 1}
 
 
 @pytest.mark.parametrize("kind", SLICES)
@@ -26,7 +26,7 @@ def test_nothing_is_lost(tmp_path, kind):
         assert counts["saved"] >= 1 and counts["second_signals"] >= 1 and counts["starts"] == number + counts["runs"] - counts["at_the_end"]
     elif kind == "disks":
         assert counts["disks"] == number and counts["starts"] == 2 * number
-        assert counts["failed_saves"] >= 3 and counts["failed"]["read-only"] >= 1 and counts["saves"] + counts["failed_saves"] == 5 * number
+        assert counts["failed_saves"] >= 2 and counts["failed"]["read-only"] >= 1 and counts["saves"] + counts["failed_saves"] == 5 * number
     elif kind == "damage":
         assert counts["damages"] == number > counts["fall_backs"] >= number // 2 and counts["resumed_runs"] == 2
     else:

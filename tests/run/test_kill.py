@@ -20,7 +20,7 @@ from tests.campaign import FACTORS, Case, combination
 from tests.tiny import write_chats, write_config, write_model
 from train import RunConfig
 
-KILLS = 20
+KILLS = 18
 EXTRA = """
 [train]
 steps = 24
@@ -51,7 +51,7 @@ def base(tmp_path_factory):
 
 def test_killed_runs_end_with_the_same_bits(tmp_path):
     """A slice of the campaign whose counts are benchmarks/results/chaos.json."""
-    counts = chaos.kill(KILLS, tmp_path / "counts.json", seed=1, each=12, folder=tmp_path)
+    counts = chaos.kill(KILLS, tmp_path / "counts.json", seed=1, each=14, folder=tmp_path)
     assert list(counts["by"]["layout"]) == ["shard 2", "replicate 2 x shard 2"]
     assert counts["kills"] == KILLS and counts["visits"] == 2 and counts["starts"] == KILLS + counts["runs"]
     assert counts["records"] >= 10 * counts["runs"] and counts["in_saves"] == sum(counts["at"].values())
