@@ -362,6 +362,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
     from parallel.nodes import alike, shared
     from parallel.peers import Peers
     from runtime.checkpoint import Checkpointer
+    from runtime.checkpoint.store import Store
     from runtime.guard import Guard, upstream
     from runtime.log import Log
     from runtime.metrics import check_trackers
@@ -373,6 +374,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         axes, _ = launch.together("layout", lambda: (sizes(cfg.parallel, launch.world), check_trackers(cfg.log.trackers)))
         device = launch.together("device", lambda: launch.device(cfg.run.device, cfg.run.deterministic))
         alike(launch, "settings", lambda: settings(cfg), "start all ranks with the same config")
+        launch.together("claim", lambda: Store(out).claim() if launch.rank == 0 else None)  # a log that another run writes is not ours
         log = stack.enter_context(launch.together("log", lambda: Log(out, launch.rank)))
         shared(launch, out, "output.path")
         inputs = launch.together("inputs", lambda: read_inputs(cfg), leader_first=True)

@@ -2,7 +2,8 @@
 
 In: every rank works out which slices of which tensors make up its own parameters and copies only those from the mapped files;
 no rank ever holds the model, and there is no communication. The headers of all files are checked against the model first,
-so what is wrong with a folder is found on every rank alike, before anything is copied.
+so what is wrong with a folder is found on every rank alike, before anything is copied. Memory begins as NaN, and no NaN may be left
+once all is loaded: neither an element that nothing was assigned to nor one of a damaged file reaches the first step.
 
 Out: tensor by tensor the parameter is gathered (one is whole at a time), the adapter merged in, and the first rank writes; see
 `model/tensor_folder.py` for how a folder is written, compared with the live values and only then published. Exports are
@@ -36,6 +37,7 @@ from runtime.files import has, read_json
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # stored dtypes that are converted on the way in
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}  # as in config.json
+COUNTED_AT_ONCE = 1 << 24  # elements
 
 
 # --------------------------------------------------------------------------------------------------------------------- in
@@ -45,10 +47,10 @@ def materialize(
     net: nn.Module, device: torch.device | str, seed: int, folder: str | Path | None, adapter: str | Path | None = None
 ) -> None:
     """Memory and values for a model on meta, sharded or not: weights from `folder` (None: fresh ones), and adapters from
-    `adapter` (None: fresh ones). Every parameter is given its value exactly once, or this raises.
+    `adapter` (None: fresh ones). Every element of every parameter is given a value, or this raises.
 
     Raises:
-        ModelError: a folder does not fit the model.
+        ModelError: a folder does not fit the model, or holds a NaN that this rank was to take.
     """
     allocate(net, device)
     net.reset_buffers(device)
@@ -56,12 +58,13 @@ def materialize(
     filled |= load_adapter(net, adapter) if adapter else initialize(net, seed, only=is_adapter)
     unset = {name for name, _ in parameters_at_rest(net)} - filled
     assert not unset, f"parameters without values: {listed(unset)}"
+    _refuse_nan(net, folder, adapter)
 
 
 def allocate(net: nn.Module, device: torch.device | str) -> None:
-    """Memory, with nothing in it, for a model on meta: on `device`, and for the parameters in `net.on_host` on the host.
+    """Memory for a model on meta: on `device`, and for the parameters in `net.on_host` on the host. Parameters are NaN.
 
-    On CUDA that is pinned, or copies to the device would stop the host; FSDP2 pins its DTensors itself.
+    On CUDA the host's is pinned, or copies to the device would stop the host; FSDP2 pins its DTensors itself.
     """
     host, pin = {id(p) for name, p in net.named_parameters() if name in net.on_host}, torch.device(device).type == "cuda"
 
@@ -71,6 +74,28 @@ def allocate(net: nn.Module, device: torch.device | str) -> None:
         return torch.empty_like(t, device="cpu") if isinstance(t, DTensor) else torch.empty_like(t, device="cpu", pin_memory=pin)
 
     net._apply(memory)  # what to_empty does
+    for _, p in parameters_at_rest(net):
+        local(p).fill_(math.nan)
+
+
+def _refuse_nan(net: nn.Module, folder: str | Path | None, adapter: str | Path | None) -> None:
+    """No element of what this rank holds is NaN, or this raises: a user's error if the file has it, else one of ours."""
+    for name, p in parameters_at_rest(net):
+        if not (here := _nans(local(p))):
+            continue
+        tensors, hf = _sources_of(net, folder, adapter).get(name, (None, ""))
+        whole = tensors.read(hf) if tensors else torch.empty(0)
+        there = _nans(whole)
+        assert there, f"{name}: {here} elements were given no value"
+        message = f"{there} of {whole.numel()} elements are NaN; the file is damaged, or was saved by a run that had failed"
+        raise ModelError(f"{hf}: {message}", tensors.folder)
+
+
+def _nans(t: Tensor) -> int:
+    """How many elements are NaN. Their sum is one if any is, and makes no copy; infinities of both signs add up to NaN as well."""
+    if not t.sum().isnan():
+        return 0
+    return sum(int(part.isnan().sum()) for part in t.reshape(-1).split(COUNTED_AT_ONCE))
 
 
 def check_weights(net: nn.Module, folder: str | Path) -> None:
@@ -117,17 +142,25 @@ def stored(net: nn.Module, base: str | Path, adapter: str | Path | None = None) 
     Raises:
         ModelError: a folder does not fit `net`.
     """
-    weights = TensorFolder(base)
-    sources = {name: (weights, hf) for name, hf in _sources(net, weights).items()}
-    if adapter is not None:
-        update = open_adapter(adapter)
-        sources |= {name: (update.tensors, hf) for name, hf in _adapter_sources(net, update).items()}
+    sources = _sources_of(net, base, adapter)
 
     def value(name: str) -> Tensor:
         tensors, hf = sources[name]
         return tensors.read(hf)
 
     return value
+
+
+def _sources_of(net: nn.Module, base: str | Path | None, adapter: str | Path | None) -> dict[str, tuple[TensorFolder, str]]:
+    """Our name -> where a folder has it and its name there; what the adapter carries in full counts."""
+    sources = {}
+    if base:
+        weights = TensorFolder(base)
+        sources |= {name: (weights, hf) for name, hf in _sources(net, weights).items()}
+    if adapter:
+        update = open_adapter(adapter)
+        sources |= {name: (update.tensors, hf) for name, hf in _adapter_sources(net, update).items()}
+    return sources
 
 
 def fits_adapter(net: nn.Module, folder: str | Path) -> None:

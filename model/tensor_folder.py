@@ -15,6 +15,7 @@ the first rank alone writes or reads, and its outcome is everyone's.
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -207,13 +208,12 @@ class _Draft:
 
     def __init__(self, out: Path, layout: Layout, stem: str, files: dict[str, bytes | Path], shard_bytes: int, overwrite: bool):
         self.out, self.layout, self.stem = out, layout, stem
+        recover(out)
         if out.exists() and not out.is_dir():
             raise ModelError("is a file; an export is a folder", out)
         if not overwrite and not _ours(out):
             raise ModelError("exists and is not an earlier export of ours; choose another folder, or ask to overwrite it", out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        for stale in out.parent.glob(f".{out.name}.draft-*"):  # of an export that was killed
-            shutil.rmtree(stale, ignore_errors=True)
         need, free = sum(spec.nbytes for spec in layout.values()), shutil.disk_usage(out.parent).free
         if need > free:
             raise ModelError(f"the export needs {need / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free", out)
@@ -262,21 +262,48 @@ class _Draft:
         self._add(CHECKSUMS, json.dumps({"format": FORMAT, "files": dict(sorted(self.sums.items()))}, indent=2).encode() + b"\n")
 
     def publish(self) -> None:
+        """Two renames where something lies there. Killed between them, `recover` makes the first undone."""
         _sync(self.folder)
         old, ours = None, _ours(self.out)
         if self.out.exists():
             old = self.out.with_name(f"{self.out.name}.replaced-{secrets.token_hex(4)}")
             self.out.rename(old)
-        self.folder.rename(self.out)
+        try:
+            self.folder.rename(self.out)
+        except OSError:
+            if old is not None:
+                old.rename(self.out)
+            raise
         _sync(self.out.parent)
         if old is not None and ours:  # what is not ours stays where it was moved to
-            shutil.rmtree(old)
+            _remove(old, self.out)
 
     def discard(self) -> None:
         if self.current is not None:
             with suppress(OSError):  # closing flushes, which fails again on a full disk
                 self.current.file.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def recover(out: Path) -> None:
+    """Ends what an export to `out` that was killed has begun: an earlier one that it had moved aside is put back, or removed if
+    the new one has its place; so are drafts."""
+    name = glob.escape(out.name)
+    for draft in out.parent.glob(f".{name}.draft-*"):
+        shutil.rmtree(draft, ignore_errors=True)
+    aside = out.parent.glob(f"{name}.replaced-{'[0-9a-f]' * 8}")
+    for old in sorted(filter(_ours, aside), key=lambda p: p.stat().st_mtime, reverse=True):
+        if not os.path.lexists(out):
+            old.rename(out)
+        elif _ours(out):
+            _remove(old, out)
+
+
+def _remove(old: Path, out: Path) -> None:
+    """Under a draft's name first: half removed, it would be nobody's."""
+    trash = out.with_name(f".{out.name}.draft-{secrets.token_hex(4)}")
+    old.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def _split(layout: Layout, limit: int) -> list[Layout]:

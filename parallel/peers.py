@@ -42,17 +42,19 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from parallel.start import Launch, process_state, this_machine
+from parallel.start import STORE_S, Launch, process_state, this_machine
 
 BEAT_S = 0.5
 SILENT_S = 3.0  # between two looks; a rank whose beats stand still for so long does not run
 GRACE_S = 2.0  # for the main thread to end by itself, once there is a sentence
+MEET_AGAIN_S = 10.0  # to connect once more to a store that has just answered
 LEAD_S = 10.0  # before NCCL's watchdog
 BACKGROUND = "background"
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,8 +183,11 @@ class Peers:
     def __enter__(self) -> Peers:
         store = dist.PrefixStore(f"peers/{self.launch.attempt}", self.launch.store)
         self.launch.together("peers", lambda: self._beat(store))  # from here on nobody's beat is missing
-        self._store = store.clone()
-        self._first = self._read(self._store)
+        with self.launch.meeting("peers"):
+            store.set_timeout(timedelta(seconds=MEET_AGAIN_S))  # of the connection that it is cloned with
+            self._store = store.clone()
+            store.set_timeout(timedelta(seconds=STORE_S))
+            self._first = self._read(self._store)
         for work in (self._talk, self._watch):
             threading.Thread(target=work, name=f"peers{work.__name__}", daemon=True).start()
         return self

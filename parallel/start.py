@@ -6,7 +6,8 @@ host. `Launch.together` runs such a phase and makes an error on one rank an erro
 the process group (gloo for host tensors, NCCL beside it on CUDA).
 
 Nothing limits how long a phase may take, so a rank that waits for others looks whether they still are there: one whose process has
-ended on the same machine is named, and the wait is over. Of other machines the launcher knows.
+ended on the same machine is named, and the wait is over. Of other machines the launcher knows. The store's end is noticed by all: it
+breaks their connections. Either way a rank that is left ends with one line (`Gone`).
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ import datetime
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from runtime.errors import ConfigError, UserError
+from runtime.errors import ConfigError, UserError, clean
 
 T = TypeVar("T")
 LOOK_S = 1.0  # between looks at the processes of ranks that are waited for
+MEET_S = 600.0  # for all ranks to have connected to the store
+STORE_S = 1800.0  # the longest wait for one value of the store (torch's default): NCCL's ranks exchange addresses through it
 
 
 class Agreed(UserError):
@@ -35,6 +38,12 @@ class Agreed(UserError):
     def __init__(self, message: str, reporter: int):
         super().__init__(message)
         self.reporter = reporter
+
+
+class Gone(Agreed):
+    """Another rank, or what holds the store, has ended. No mistake of the user's; each rank that is left prints its own line."""
+
+    exit_code = 1
 
 
 def this_machine() -> str:
@@ -71,22 +80,49 @@ class Launch:
     """
 
     def __init__(self):
-        env = os.environ
+        env, self._lost = os.environ, False
         self.world = _number("WORLD_SIZE", 1)
         self.rank = _number("RANK", 0)
         self.local_rank = _number("LOCAL_RANK", 0)
         self.local_world = _number("LOCAL_WORLD_SIZE", self.world)
+        self.agent_holds_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self.holds_store = self.rank == 0 and not self.agent_holds_store
         if "MASTER_ADDR" in env and "WORLD_SIZE" in env:
-            self.store, _, _ = next(dist.rendezvous("env://", self.rank, self.world))
+            self.store = self._meet()
         elif self.world == 1:
             self.store = dist.HashStore()
         else:
             raise ConfigError("is set but MASTER_ADDR is not; start several ranks with torchrun, or unset it", "WORLD_SIZE", self.world)
-        self.agent_holds_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        self.holds_store = self.rank == 0 and not self.agent_holds_store
         # a restart by the same agent must not read the answers of the attempt before it
         self.attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store.set(self._process(self.rank), f"{os.getpid()} {this_machine()}")
+        with self.meeting("start"):
+            self.store.set(self._process(self.rank), f"{os.getpid()} {this_machine()}")
+
+    def _meet(self) -> dist.Store:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+        try:
+            store, _, _ = next(dist.rendezvous("env://", self.rank, self.world, timeout=datetime.timedelta(seconds=MEET_S)))
+        except dist.DistError as e:
+            if self.holds_store:
+                text = f"the {self.world} ranks did not all meet at {place} within {MEET_S:.0f} s: some have ended or were never started"
+            else:
+                text = f"nothing to meet at answers at {place}: {self._holder()} has ended or was never started"
+            raise Gone(f"{text} ({clean(e, 120)})", self.rank) from e
+        store.set_timeout(datetime.timedelta(seconds=STORE_S))
+        return store
+
+    def _holder(self) -> str:
+        return "the first torchrun's process" if self.agent_holds_store else "rank 0"
+
+    @contextlib.contextmanager
+    def meeting(self, name: str) -> Iterator[None]:
+        """Talk with the store in phase `name`: that it is lost becomes one line."""
+        try:
+            yield
+        except dist.DistError as e:
+            self._lost = True
+            text = f"the ranks' meeting point is gone before the first step, in phase '{name}': {self._holder()}, which holds it, has ended"
+            raise Gone(f"{text}, or its machine or the network failed", self.rank) from e
 
     @property
     def leads_node(self) -> bool:
@@ -102,35 +138,43 @@ class Launch:
         gate = f"{prefix}/leader{self.rank - self.local_rank}"  # ranks of a node are neighbours; nodes may have different numbers of them
         error: BaseException | None = None
         result = None
-        if leader_first and not self.leads_node:
-            self._wait(lambda: self.store.check([gate]) or self._failed(prefix), lambda: self._look(prefix))
+        with self.meeting(name):
+            if leader_first and not self.leads_node:
+                self._wait(lambda: self.store.check([gate]) or self._failed(prefix), lambda: self._look(prefix))
+            failed = self._failed(prefix)
         try:
-            if not self._failed(prefix):
+            if not failed:
                 result = work()
         except BaseException as e:
             error = e
-            self.store.add(f"{prefix}/failed", 1)
-            # the first to fail writes the message that everyone will carry
-            text = f"{self.rank}\n{int(isinstance(e, UserError))}\n{e or type(e).__name__}"
-            self.store.compare_set(f"{prefix}/error", "", text)
-        if leader_first and self.leads_node:
-            self.store.set(gate, "done")
-        self.store.add(f"{prefix}/done", 1)
+        with self.meeting(name):
+            if error is not None:
+                self.store.add(f"{prefix}/failed", 1)
+                # the first to fail writes the message that everyone will carry
+                kind = "user" if isinstance(error, UserError) else "crash" if isinstance(error, Exception) else "stop"
+                self.store.compare_set(f"{prefix}/error", "", f"{self.rank}\n{kind}\n{str(error) or type(error).__name__}")
+            if leader_first and self.leads_node:
+                self.store.set(gate, "done")
+            self.store.add(f"{prefix}/done", 1)
         if error is not None and not isinstance(error, UserError):
             raise error
-        self._wait(lambda: self.store.add(f"{prefix}/done", 0) >= self.world, lambda: self._look(prefix))
-        if self._failed(prefix):
-            rank, ours, message = self.store.get(f"{prefix}/error").decode().split("\n", 2)
-            if ours != "1":
-                raise RuntimeError(f"rank {rank} failed in phase '{name}': {message}")
-            raise Agreed(message, int(rank))
-        return result
+        with self.meeting(name):
+            self._wait(lambda: self.store.add(f"{prefix}/done", 0) >= self.world, lambda: self._look(prefix))
+            if not self._failed(prefix):
+                return result
+            rank, kind, message = self.store.get(f"{prefix}/error").decode().split("\n", 2)
+        if kind == "stop":
+            raise Gone(f"rank {rank} was stopped before the first step, in phase '{name}' ({message})", self.rank)
+        if kind == "crash":
+            raise RuntimeError(f"rank {rank} failed in phase '{name}': {message}")
+        raise Agreed(message, int(rank))
 
     def first(self, name: str, work: Callable[[], str]) -> str:
         """What `work` returns on rank 0, on every rank; errors as in `together`."""
         key = f"salamander/{self.attempt}/{name}/value"
         self.together(name, lambda: self.store.set(key, work()) if self.rank == 0 else None)
-        return self.store.get(key).decode()
+        with self.meeting(name):
+            return self.store.get(key).decode()
 
     def _failed(self, prefix: str) -> bool:
         return self.store.add(f"{prefix}/failed", 0) > 0
@@ -146,7 +190,7 @@ class Launch:
                 gone = machine and machine == this_machine() and process_state(int(pid)) == "ended"
                 if gone and not self._failed(prefix) and self.store.add(f"{prefix}/done", 0) < self.world:
                     phase = prefix.rpartition("/")[2]
-                    raise RuntimeError(f"rank {rank} is gone (its process {pid} ended before the first step, in phase '{phase}')")
+                    raise Gone(f"rank {rank} is gone (its process {pid} ended before the first step, in phase '{phase}')", self.rank)
 
     @staticmethod
     def _wait(ready: Callable[[], bool], look: Callable[[], None] = lambda: None) -> None:
@@ -196,12 +240,15 @@ class Launch:
         reporter = getattr(error, "reporter", 0)
         if self.rank == reporter:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        if self._lost:  # nobody to say it to, and trying would have torch print a stack of C++
+            return error.exit_code
         deadline = time.monotonic() + 5
         with contextlib.suppress(dist.DistError):  # the store is gone: so is the rank that held it
             if self.rank == reporter:
                 self.store.set("salamander/printed", "1")
             self._wait(lambda: self.store.check(["salamander/printed"]) or time.monotonic() > deadline)
             self.store.add("salamander/left", 1)
+            expected = self.world - isinstance(error, Gone)
             if self.rank == 0:
-                self._wait(lambda: self.store.add("salamander/left", 0) >= self.world or time.monotonic() > deadline)
+                self._wait(lambda: self.store.add("salamander/left", 0) >= expected or time.monotonic() > deadline)
         return error.exit_code

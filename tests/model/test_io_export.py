@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import resource
+import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +19,7 @@ from safetensors import safe_open
 from model.config import LoraConfig
 from model.hub import fetch
 from model.safetensors_io import export_adapter, export_full, materialize, pass_through, verify_adapter, verify_full
-from model.tensor_folder import CHECKSUMS, Spec, TensorFolder, agree, publish
+from model.tensor_folder import CHECKSUMS, Spec, TensorFolder, agree, publish, recover
 from parallel.local import run
 from runtime.errors import ModelError
 from tests.model.folders import LAYOUTS, digests, prepared, same_bytes, shard, sizes_for, tensors, theirs, train_a_little, write_model
@@ -30,6 +33,10 @@ def loaded(folder, lora=None, compute=torch.float32):
     net = prepared(folder, lora, compute)
     materialize(net, "cpu", 0, folder)
     return net
+
+
+def fail(text):
+    raise RuntimeError(text)
 
 
 @pytest.fixture
@@ -248,6 +255,106 @@ def test_a_killed_export_leaves_what_was_there(folder, tmp_path):
         assert digests(out) == before and len(list(tmp_path.glob(".out.draft-*"))) == 1
     export_full(net, out, folder)
     assert not list(tmp_path.glob(".out.draft-*")) and digests(out) != before
+
+
+def killed_at(call, number, work):
+    """Runs `work` in a fork that is killed where it makes the `number`-th call of `call`, a method of Path; True if it got there."""
+    if not (pid := os.fork()):
+        made, original = iter(range(number)), getattr(Path, call)
+
+        def counted(self, *args, **kwargs):
+            if next(made, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(self, *args, **kwargs)
+
+        setattr(Path, call, counted)
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("name", ["out", "odd [name]*"])
+def test_an_export_killed_while_it_takes_its_place_loses_none_and_leaves_none(folder, tmp_path, name):
+    """`out` moved aside, the new one renamed, the old one renamed to be removed: killed before each."""
+    net, out = loaded(folder), tmp_path / name
+    export_full(net, out, folder)
+    before = digests(out)
+    net.model.norm.weight.data += 1
+    export_full(net, tmp_path / "reference", folder)
+    after = digests(tmp_path / "reference")
+    lay_there = []
+    for number in range(3):
+        assert killed_at("rename", number, lambda: export_full(net, out, folder))
+        lay_there.append(out.exists() and digests(out))
+        recover(out)
+        assert digests(out) == (lay_there[-1] or before)
+        assert {p.name for p in tmp_path.iterdir()} == {"base", "reference", name}
+    assert lay_there == [before, False, after]
+    assert not killed_at("rename", 3, lambda: export_full(net, out, folder))
+    assert digests(out) == after
+
+
+def test_what_a_killed_export_left_is_found_by_the_next(folder, tmp_path):
+    net, out = loaded(folder), tmp_path / "out"
+    export_full(net, out, folder)
+    before = digests(out)
+    assert killed_at("rename", 1, lambda: export_full(net, out, folder))
+    assert not out.exists() and len(list(tmp_path.glob("out.replaced-*"))) == len(list(tmp_path.glob(".out.draft-*"))) == 1
+    with pytest.raises(RuntimeError, match="a value that fails"):  # the export fails, what was there is there again
+        publish(out, {"x": Spec(torch.float32, (3,))}, lambda name: fail("a value that fails"), {})
+    assert digests(out) == before
+    assert killed_at("rename", 1, lambda: export_full(net, out, folder))
+    export_full(net, out, folder)
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "out"} and digests(out) == before
+
+
+def test_what_is_removed_by_half_is_removed_by_the_next(folder, tmp_path):
+    net, out = loaded(folder), tmp_path / "out"
+    export_full(net, out, folder)
+    if not (pid := os.fork()):
+        unlink = os.unlink
+        os.unlink = lambda *args, **kwargs: (unlink(*args, **kwargs), os.kill(os.getpid(), signal.SIGKILL))
+        export_full(net, out, folder)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".out.*"))) == 1
+    export_full(net, out, folder)
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "out"}
+
+
+def test_what_is_not_ours_is_not_recovered(folder, tmp_path):
+    net, out = loaded(folder), tmp_path / "out"
+    export_full(net, out, folder)
+    (out / "notes.txt").write_text("mine")
+    assert killed_at("rename", 1, lambda: export_full(net, out, folder, overwrite=True))
+    (aside,) = tmp_path.glob("out.replaced-*")
+    export_full(net, out, folder)
+    shutil.copytree(out, mine := tmp_path / "out.replaced-mine")
+    shutil.copytree(out, other := tmp_path / "out.replaced-0123abcd")
+    (out / "more.txt").write_text("mine as well")
+    with pytest.raises(ModelError, match="not an earlier export of ours"):
+        export_full(net, out, folder)
+    assert (aside / "notes.txt").read_text() == "mine" and other.exists(), "nothing of ours has its place"
+    (out / "more.txt").unlink()
+    export_full(net, out, folder)
+    assert (aside / "notes.txt").exists() and mine.exists() and not other.exists()
+
+
+def test_a_draft_that_cannot_take_its_place_gives_it_back(folder, tmp_path, monkeypatch):
+    net, out, rename = loaded(folder), tmp_path / "out", Path.rename
+    export_full(net, out, folder)
+    before = digests(out)
+
+    def refused(self, target):
+        if ".draft-" in self.name:
+            raise OSError(errno.EACCES, "Permission denied", str(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    net.model.norm.weight.data += 1
+    with pytest.raises(ModelError, match="out: cannot be written: Permission denied"):
+        export_full(net, out, folder)
+    assert digests(out) == before and {p.name for p in tmp_path.iterdir()} == {"base", "out"}
 
 
 def test_a_full_disk_says_so_and_leaves_nothing(folder, tmp_path, monkeypatch):

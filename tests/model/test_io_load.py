@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model import safetensors_io
 from model.arch import Arch
-from model.safetensors_io import check_weights, load_weights, materialize
+from model.config import LoraConfig
+from model.safetensors_io import allocate, check_weights, export_adapter, load_weights, materialize
 from model.tensor_folder import TensorFolder, confined, fingerprint
+from model.weights import local, region
 from parallel.local import run
 from runtime.errors import ModelError
-from tests.model.folders import LAYOUTS, prepared, shard, sizes_for, write_model
+from tests.model.folders import LAYOUTS, prepared, shard, sizes_for, train_a_little, write_model
 from tests.model.golden import distance, fresh
 
 TOKENS = torch.arange(12)[None]
@@ -88,6 +92,125 @@ def test_every_parameter_gets_a_value_or_it_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("model.safetensors_io.load_weights", lambda net, folder: {NORM})
     with pytest.raises(AssertionError, match="without values"):
         materialize(prepared(folder), "cpu", 0, folder)
+
+
+# ------------------------------------------------------------------------------------------------------------------ poison
+
+UP, NAN = "model.layers.1.mlp.up_proj.weight", math.nan
+MASTERS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def poisoned(folder, name=UP, values=(NAN,), file="model.safetensors"):
+    """Puts `values` at the end of a tensor."""
+    tensors = load_file(folder / file)
+    tensors[name].view(-1)[-len(values) :] = torch.tensor(values)
+    save_file(tensors, folder / file)
+    return folder
+
+
+def skipping(monkeypatch, name=UP):
+    """A loader that leaves the last row out of a parameter, on the rank that has it."""
+    copy = safetensors_io._copy
+
+    def partial(p, tensors, hf):
+        where = region(p)
+        if hf == name and where[0].stop == p.shape[0] and local(p).numel():
+            local(p)[:-1].copy_(tensors.read(hf, where)[:-1])
+        else:
+            copy(p, tensors, hf)
+
+    monkeypatch.setattr(safetensors_io, "_copy", partial)
+
+
+@pytest.mark.parametrize("masters", MASTERS, ids=str)
+def test_memory_is_nan_until_a_value_is_assigned(tmp_path, masters):
+    net = prepared(write_model(tmp_path)).to(masters)
+    net.on_host = {NORM}
+    allocate(net, "cpu")
+    assert {p.dtype for p in net.parameters()} == {masters}
+    assert all(p.isnan().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("masters", MASTERS, ids=str)
+def test_a_slice_that_a_loader_leaves_out_is_noticed(tmp_path, monkeypatch, masters):
+    folder = write_model(tmp_path)
+    skipping(monkeypatch)
+    with pytest.raises(AssertionError, match=f"{UP}: 48 elements were given no value"):
+        materialize(prepared(folder).to(masters), "cpu", 0, folder)
+
+
+def test_an_element_that_initialization_leaves_out_is_noticed(tmp_path, monkeypatch):
+    net = prepared(write_model(tmp_path))
+    net.model.norm.initial = lambda value, generator: value.fill_(1.0)[3:].fill_(NAN)
+    with pytest.raises(AssertionError, match=f"{NORM}: 45 elements were given no value"):
+        materialize(net, "cpu", 0, None)
+
+
+@pytest.mark.parametrize("masters", MASTERS, ids=str)
+@pytest.mark.parametrize("stored", MASTERS, ids=str)
+def test_a_file_with_one_nan_is_refused(tmp_path, stored, masters):
+    folder = poisoned(write_model(tmp_path, dtype=stored))
+    line = rf"^{tmp_path}: {UP}: 1 of \d+ elements are NaN; the file is damaged, or was saved by a run that had failed$"
+    with pytest.raises(ModelError, match=line):
+        materialize(prepared(folder).to(masters), "cpu", 0, folder)
+
+
+def test_infinities_are_values(tmp_path, monkeypatch):
+    """Their sum is NaN, they are not. What they do to training, its first step says."""
+    folder = poisoned(write_model(tmp_path), values=(math.inf, -math.inf))
+    monkeypatch.setattr(safetensors_io, "COUNTED_AT_ONCE", 7)
+    net = prepared(folder)
+    materialize(net, "cpu", 0, folder)
+    assert dict(net.named_parameters())[UP].isinf().sum() == 2
+    with pytest.raises(ModelError, match="3 of"):
+        materialize(prepared(folder), "cpu", 0, poisoned(folder, values=(NAN, 1.0, NAN, math.inf, NAN, -math.inf)))
+
+
+def test_a_nan_in_tied_weights_is_found_under_the_name_in_the_file(tmp_path):
+    folder = write_model(tmp_path, "llama-tied-linear")
+    edit(folder, {EMBED: None, HEAD: load_file(folder / "model.safetensors")[EMBED].clone()})
+    with pytest.raises(ModelError, match=f"{HEAD}: 1 of"):
+        materialize(prepared(folder), "cpu", 0, poisoned(folder, HEAD))
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.lora_A.weight", NORM])
+def test_a_nan_in_an_adapter_names_the_adapter(tmp_path, name):
+    folder, lora = write_model(tmp_path / "base"), LoraConfig(rank=4, train_modules=("norm",))
+    net = prepared(folder, lora)
+    materialize(net, "cpu", 0, folder)
+    train_a_little(net)
+    export_adapter(net, tmp_path / "adapter", lora, "base")
+    again = prepared(folder, lora)
+    materialize(again, "cpu", 0, folder, tmp_path / "adapter")
+    poisoned(tmp_path / "adapter", f"base_model.model.{name}", file="adapter_model.safetensors")
+    with pytest.raises(ModelError, match=rf"^{tmp_path}/adapter: base_model.model.{name}: 1 of \d+ elements are NaN"):
+        materialize(prepared(folder, lora), "cpu", 0, folder, tmp_path / "adapter")
+
+
+def _materialize_sharded(rank, world, folder, axes, fault):
+    """ "" if it loads, else what this rank says."""
+    net = prepared(folder)
+    shard(net, axes)
+    with pytest.MonkeyPatch.context() as patch:
+        if fault == "loader":
+            skipping(patch)
+        try:
+            materialize(net, "cpu", 0, folder)
+        except (ModelError, AssertionError) as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize("fault", ["", "loader", "file"])
+@pytest.mark.parametrize("axes", LAYOUTS, ids=str)
+def test_whoever_holds_the_nan_says_so(tmp_path, axes, fault):
+    folder = write_model(tmp_path, "qwen3", **sizes_for(axes))
+    if fault == "file":
+        poisoned(folder)
+    said = [text for text in run(_materialize_sharded, math.prod(axes.values()), folder, axes, fault) if text]
+    assert len(said) == (axes.get("replicate", 1) if fault else 0), said
+    words = {"": "", "loader": "AssertionError: .* elements were given no value", "file": "ModelError: .*: 1 of .* elements are NaN"}
+    assert all(re.match(words[fault], text) and UP in text for text in said)
 
 
 # ---------------------------------------------------------------------------------------------------------- tied embeddings

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import train
 from runtime.errors import ConfigError, DataError, ModelError, clean, shown
@@ -30,6 +31,13 @@ def chat(*messages: tuple[str, str]) -> str:
 def truncate(root: Path) -> None:
     path = root / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
+
+
+def not_a_number(root: Path) -> None:
+    path = root / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"][-1, -3:] = float("nan")
+    save_file(tensors, path)
 
 
 def index(name: str):
@@ -74,6 +82,7 @@ CASES = {  # name: (what to break, arguments, what the line must say)
     "unsupported architecture": (lambda root: change_config(root, model_type="mamba"), [], ["mamba", "llama", "qwen3", "gemma3"]),
     "no weights": (lambda root: (root / "model" / "model.safetensors").unlink(), [PRETRAINED], ["model.safetensors"]),
     "truncated weights": (truncate, [PRETRAINED], ["model.safetensors"]),
+    "NaN among the weights": (not_a_number, [PRETRAINED], ["/model: lm_head.weight: 3 of ", " elements are NaN; the file is damaged"]),
     "missing shard": (missing_tensor_shard, [PRETRAINED], ["model-00001-of-00002.safetensors"]),
     "index leaves folder": (index("../../secret.safetensors"), [PRETRAINED], ["../../secret.safetensors"]),
     "wrong shapes": (lambda root: change_config(root, intermediate_size=48), [PRETRAINED], ["gate_proj", "64", "48"]),

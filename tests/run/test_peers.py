@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 import train
 from objective import lm
+from parallel import mesh, peers
+from parallel import start as start_module
 from parallel.peers import BEAT_S, SILENT_S, Beat, about_peers, behind, blame, overdue, process, silent
 from runtime.checkpoint import store
 from runtime.checkpoint.team import RankFailed
@@ -128,6 +130,82 @@ def test_killed_before_there_is_a_group(base, tmp_path, monkeypatch, victim, pha
     assert ranks.wait(AFTER_S)[other] == 1
     last = ranks.output(other).rstrip().splitlines()[-1]
     assert f"rank {victim} is gone (its process {ranks.pids[victim]} ended before the first step, in phase '{phase}')" in last, last
+
+
+def early(base, out: Path, axes: str, victim: int, survivors: set[int], within_s: float = 60) -> str:
+    """The one line that each rank but `victim`, which ends by itself, ends with before there is a group: no traceback, code 1."""
+    out.parent.mkdir(exist_ok=True)
+    config = write_config(out.parent / "c.toml", *base, out, EXTRA.format(steps=100_000, axes=axes, limit=600, every=0))
+    ranks = launch.start(["--config", str(config)], len(survivors) + 1, out.parent / "logs")
+    codes = ranks.wait(within_s)
+    assert {codes[r] for r in survivors} == {1} and codes[victim] in (-signal.SIGTERM, -signal.SIGKILL, 130), (codes, ranks.output())
+    lines = set()
+    for rank in survivors:
+        assert "Traceback" not in ranks.output(rank), ranks.output(rank)
+        said = ranks.output(rank).rstrip().splitlines()
+        assert [line for line in said if "error: " in line] == said[-1:], said
+        lines.add(said[-1])
+    assert len(lines) == 1, lines
+    return lines.pop()
+
+
+def ends_in(monkeypatch, place, name: str, rank: int, number: int) -> None:
+    """Rank `rank` ends where it calls `name`, once the others wait for it there."""
+    work = getattr(place, name)
+
+    def does(*args, **kwargs):
+        if os.environ["RANK"] == str(rank):
+            time.sleep(0.8)
+            os.kill(os.getpid(), number)
+        return work(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, does)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(("place", "name"), [(mesh, "sizes"), (train, "read_inputs")], ids=["layout", "inputs"])
+def test_rank_0_ends_before_there_is_a_group(base, tmp_path, monkeypatch, place, name, number):
+    ends_in(monkeypatch, place, name, 0, number)
+    line = early(base, tmp_path / "out", SHARD, 0, {1})
+    gone = "error: the ranks' meeting point is gone before the first step, in phase '"
+    assert line.startswith((gone, "error: rank 0 was stopped before the first step") if number == signal.SIGINT else gone)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_all_who_are_left_name_the_rank_that_ended(base, tmp_path, monkeypatch, number):
+    ends_in(monkeypatch, train, "identity", 1, number)
+    line = early(base, tmp_path / "out", "shard = 3", 1, {0, 2})
+    how = "was stopped before the first step" if number == signal.SIGINT else "is gone (its process"
+    assert line.startswith(f"error: rank 1 {how}") and "in phase 'identity'" in line
+
+
+def test_the_store_is_gone_when_a_rank_connects_once_more(base, tmp_path, monkeypatch):
+    """A client of torch's goes on trying for half an hour."""
+
+    class Late(dist.PrefixStore):
+        def clone(self):
+            (tmp_path / os.environ["RANK"]).touch()
+            while not ((tmp_path / "0").exists() and (tmp_path / "1").exists()):
+                time.sleep(0.01)
+            if os.environ["RANK"] == "0":
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+            return super().clone()
+
+    monkeypatch.setattr(dist, "PrefixStore", Late)
+    monkeypatch.setattr(peers, "MEET_AGAIN_S", 1.0)
+    assert "meeting point is gone before the first step, in phase 'peers'" in early(base, tmp_path / "out", SHARD, 0, {1})
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_never_comes(base, tmp_path, monkeypatch, victim):
+    monkeypatch.setattr(start_module, "MEET_S", 1.0)
+    ends_in(monkeypatch, dist, "rendezvous", victim, signal.SIGTERM)
+    line = early(base, tmp_path / "out", SHARD, victim, {1 - victim})
+    if victim:
+        assert "error: the 2 ranks did not all meet at 127.0.0.1:" in line and "within 1 s: some have ended or were never started" in line
+    else:
+        assert "error: nothing to meet at answers at 127.0.0.1:" in line and "rank 0 has ended or was never started" in line
 
 
 def stops_in_a_save(rank: int):

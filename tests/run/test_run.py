@@ -81,6 +81,32 @@ def test_the_output_folder_is_what_the_interface_says(make):
     assert weights(out) != before
 
 
+def test_a_second_run_in_a_folder_writes_nothing_there(make, monkeypatch):
+    argv, out = make("[train]\nsteps = 100000\n[log]\nevery = 1\n")
+    live = launch.start(argv, 2, out / "out")
+    deadline = time.monotonic() + 60
+    while not ((out / "metrics.jsonl").exists() and read(out / "metrics.jsonl")):
+        assert time.monotonic() < deadline and not live.poll(), live.output()
+        time.sleep(0.05)
+    live.signal(signal.SIGSTOP)
+
+    def files() -> dict[str, bytes]:
+        return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+    before = files()
+    assert {"logs/rank_0.log", "logs/rank_1.log", "metrics.jsonl", "resolved.toml", "checkpoints/.lock"} <= before.keys()
+    monkeypatch.setattr(Store.claim, "__defaults__", (0.2,))
+    second = launch.run(argv, 2, out.parent / "second")
+    assert second.wait() == [2, 2], second.output()
+    assert files() == before
+    says = f"error: {out}/checkpoints: another run is writing here; stop it or choose another output.path"
+    assert second.output().splitlines() == [says]
+    live.signal(signal.SIGCONT)
+    live.signal(signal.SIGTERM)
+    assert live.wait() == [0, 0], live.output()
+    assert "stopped by request after step" in live.output()
+
+
 def test_resolved_config_repeats_the_run_to_the_bit(make, tmp_path):
     argv, out = make("[train]\nsteps = 3\n[lora]\nrank = 2\ndropout = 0.1\n")
     ok(argv, 1, out)
