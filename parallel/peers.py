@@ -19,7 +19,8 @@ the rank has issued on each process group, and where its main thread is. Beats a
 Whoever finds out first writes the sentence; all ranks end with that one. The main thread does so if it raises by itself
 within `GRACE_S`, else the thread does. The sentence is the last line on stderr and in the rank's log; the exit code is 1.
 
-The store may be what is lost: it lives in torchrun's agent or, without one, in rank 0. A client blocks for as long as its
+The store may be what is lost: it lives in torchrun's agent or, without one, in rank 0, where a rank that gets nowhere without it
+ends. A client blocks for as long as its
 store hangs, so only one thread talks to the store, on a connection of its own, and nobody waits for that thread without a limit.
 
 There is no limit on work between collectives, so a rank may load, tokenize or write alone for as long as the others wait
@@ -287,6 +288,8 @@ class Peers:
                 before = self._ask(self._read)
             if self._sentence is None:
                 self._look_at_processes()
+            if self._sentence is None and time.monotonic() - since > SILENT_S:
+                self._look_at_the_store()
             if self._sentence is None and time.monotonic() - since > limit_s:
                 self._look_at_the_clock(before)
             if self._sentence is not None:
@@ -301,6 +304,12 @@ class Peers:
         if beats and (gone := [r for r in ended if not beats[r].left]):
             self._agree(gone, blame(beats, gone, self._mine.machine))
         self._first |= {r: beats[r] for r in ended} if beats else {}
+
+    def _look_at_the_store(self) -> None:
+        """This rank has got nowhere for a while. If the store went with rank 0, which leaves last, no rank can tell another what it
+        knows, and a collective of this one need not fail: the rank that would have to join it may have noticed, and be in another."""
+        if self._lost and not self.launch.agent_holds_store:
+            self._agree([], self._no_store())
 
     def _look_at_the_clock(self, before: Mapping[int, Beat] | None) -> None:
         """This rank has got nowhere for as long as a collective may take."""

@@ -11,8 +11,8 @@ to the rank's file as well, and only rank 0 shows it. A crash leaves its traceba
 says on the console only which file that is. What C++ libraries write to the file descriptor itself is not seen here.
 
 Secrets of the environment are replaced in all of it (`redact`). What could control the terminal is escaped in messages and
-tracebacks, which quote names of strangers; what else is written to stderr reaches the console as it is. A full disk or a closed
-console stops the log, not the run.
+tracebacks, which quote names of strangers; what else is written to stderr reaches the console as it is. A disk that is full or
+read-only, or a closed console, stops the log, not the run.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ class Log:
             self._to_file("".join(traceback.format_exception(kind, error, trace)).rstrip())
             sys.excepthook = self._last_words
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
 
     def _last_words(self, kind: type[BaseException], error: BaseException, trace) -> None:

@@ -2,7 +2,7 @@
 
 The file is the truth: one JSON object per line, written by rank 0, a line at a time. A kill can tear the last line, so
 readers drop it, and a resumed run drops every record after the step it resumes from before it writes them again. On a
-full disk records are lost, with a warning, and the run goes on.
+disk that is full or read-only records are lost, with a warning, and the run goes on.
 
 JSON has no NaN or infinity. Such a number is written as null, and `"nonfinite": {"loss": "nan"}` says what it was, so that
 every line is valid JSON for every reader.
@@ -13,6 +13,7 @@ said once, then that tracker gets nothing more.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import math
@@ -21,7 +22,7 @@ import queue
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runtime.errors import ConfigError, DataError, redact, shown
@@ -70,14 +71,14 @@ class Metrics:
             clean["nonfinite"] = found
         line = json.dumps(clean, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         try:
-            whole = self._file.write(line) == len(line)
-        except OSError:
-            whole = False
-        if not whole:
-            self._drop_torn_line()
-        if not (whole or self._lost):
-            self._warn(f"{self.path} cannot be written (is the disk full?); training goes on, records are lost")
-        self._lost = not whole
+            if self._lost:  # the disk that did not take the line before may hold a part of it
+                self._drop_torn_line()
+            problem = "" if self._file.write(line) == len(line) else os.strerror(errno.ENOSPC)
+        except OSError as error:
+            problem = error.strerror
+        if problem and not self._lost:
+            self._warn(f"{self.path} cannot be written ({problem}); training goes on, records are lost")
+        self._lost = bool(problem)
         for tracker in self._trackers:
             tracker.put(record)
 
@@ -114,7 +115,8 @@ class Metrics:
 
     def close(self) -> None:
         """Waits for the trackers, at most `CLOSE_S` in all."""
-        self._file.close()
+        with suppress(OSError):  # a network's file system may only now say that it took nothing
+            self._file.close()
         for tracker in self._trackers:
             tracker.put(None)
         for tracker in self._trackers:

@@ -1,11 +1,12 @@
 """What campaigns of disturbed runs share (tests/chaos.py, tests/faults.py): the runs, what each rank is doing, how they must end, counts.
 
-A run is train.py's main on two gloo ranks, forked from this process: a few steps with packing, accumulation, a checkpoint after every
-other step and an export. Every record that a disturbed run logs, and every byte it exports, must equal those of the same run that
-nobody disturbed; that includes records of steps that a later start did once more.
+A run is train.py's main on gloo ranks, as many as its layout has, forked from this process: a few steps with packing, accumulation, a
+checkpoint after every other step and an export. Every record that a disturbed run logs, and every byte it exports, must equal those of
+the same run that nobody disturbed; that includes records of steps that a later start did once more.
 
 A visit is a number of disturbances of one combination of features. Visit v takes choice v modulo n of each factor of `FACTORS`; the
-numbers of choices have no common divisor, so all 3,960 combinations come in turn, and soon every pair of choices.
+numbers of choices have no common divisor, so all 8,415 combinations come in turn, and soon every pair of choices. A campaign may keep to
+some of the layouts: then it passes over the other visits.
 
 The counts live in a file and are written after each visit; the same command goes on from there. All that is bad has to be 0, or the
 folders of what went wrong stay.
@@ -20,11 +21,13 @@ import mmap
 import os
 import platform
 import random
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -44,7 +47,7 @@ from tests import launch
 from tests.model import golden
 from tests.tiny import write_chats, write_model
 
-WORLD = 2
+ROOT = Path(__file__).resolve().parent.parent
 STEPS = 10
 SURVIVE_S = 30.0
 START_S = 120.0
@@ -70,17 +73,27 @@ SCHEDULES = {
     "constant": '[schedule]\nkind = "constant"\nwarmup = 3\n',
 }
 SAVE = "[checkpoint]\nevery = 2\n"
+LAYOUTS = {  # the number of ranks, and the section; on all products of two axes, and each way of a single one
+    "shard 2": (2, "[parallel]\n"),
+    "replicate 2 x shard 2": (4, "[parallel]\nreplicate = 2\n"),
+    "tensor 2": (2, "[parallel]\ntensor = 2\n"),
+    "shard 2 x tensor 2": (4, "[parallel]\ntensor = 2\n"),
+    "context 2": (2, "[parallel]\ncontext = 2\n"),
+    "shard 2 x context 2": (4, "[parallel]\ncontext = 2\n"),
+    "replicate 2": (2, "[parallel]\nreplicate = 2\n"),
+    "context 2 x tensor 2": (4, "[parallel]\ncontext = 2\ntensor = 2\n"),
+    "context 2, ring": (2, '[parallel]\ncontext = 2\ncontext_method = "ring"\n'),
+    "replicate 2 x tensor 2": (4, "[parallel]\nreplicate = 2\ntensor = 2\n"),
+    "context 2, all-gather": (2, '[parallel]\ncontext = 2\ncontext_method = "allgather"\n'),
+    "replicate 2 x context 2": (4, "[parallel]\nreplicate = 2\ncontext = 2\n"),
+    "shard 2, gathered once a step": (2, '[parallel]\nreshard = "step"\n'),
+    "context 4, ring": (4, '[parallel]\ncontext = 4\ncontext_method = "ring"\n'),
+    "shard 2, weights kept for the backward": (2, '[parallel]\nreshard = "backward"\nprefetch = 2\n'),
+    "shard 4, whole copies on each 2": (4, "[parallel]\nreshard = 2\n"),
+    "one rank": (1, "[parallel]\n"),
+}
 FACTORS: dict[str, dict[str, str]] = {
-    "layout": {
-        "shard 2": "[parallel]\n",
-        "tensor 2": "[parallel]\ntensor = 2\n",
-        "context 2": "[parallel]\ncontext = 2\n",
-        "replicate 2": "[parallel]\nreplicate = 2\n",
-        "context 2, ring": '[parallel]\ncontext = 2\ncontext_method = "ring"\n',
-        "context 2, all-gather": '[parallel]\ncontext = 2\ncontext_method = "allgather"\n',
-        "shard 2, gathered once a step": '[parallel]\nreshard = "step"\n',
-        "shard 2, weights kept for the backward": '[parallel]\nreshard = "backward"\nprefetch = 2\n',
-    },
+    "layout": {name: section for name, (_, section) in LAYOUTS.items()},
     "family": dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma3_text"), ""),  # cases of tests/model/golden.py
     "with": {
         "saves in the background": SAVE + "async = true\n",
@@ -103,8 +116,24 @@ assert all(math.gcd(len(a), len(b)) == 1 for a in FACTORS.values() for b in FACT
 # ---------------------------------------------------------------------------------------------------------------- the runs
 
 
-def combination(visit: int) -> dict[str, str]:
-    return {name: list(choices)[visit % len(choices)] for name, choices in FACTORS.items()}
+def layouts(text: str) -> tuple[str, ...]:
+    """Those with one of the parts in their names, commas between parts. "4 ranks": all of so many; nothing: all."""
+    found: list[str] = []
+    for part in text.split(","):
+        ranks = re.fullmatch(r"(\d+) ranks", part)
+        names = [name for name, (world, _) in LAYOUTS.items() if (world == int(ranks[1]) if ranks else part in name)]
+        if not names:
+            raise SystemExit(f"--layouts: {part!r} is in none of: {'; '.join(LAYOUTS)}")
+        found += names
+    return tuple(found)
+
+
+def combination(visit: int, among: Container[str] = LAYOUTS) -> dict[str, str]:
+    """Of the visit with this number, of those `among` these layouts."""
+    places = [place for place, layout in enumerate(LAYOUTS) if layout in among]
+    rounds, which = divmod(visit, len(places))
+    number = rounds * len(LAYOUTS) + places[which]
+    return {name: list(choices)[number % len(choices)] for name, choices in FACTORS.items()}
 
 
 @dataclass(frozen=True)
@@ -113,6 +142,7 @@ class Case:
 
     folder: Path
     text: str
+    world: int
     more: tuple[str, ...] = ()
 
     def argv(self, out: Path) -> list[str]:
@@ -129,10 +159,10 @@ class Case:
         text += f'[data]\ntokens = 128\nmax_length = 128\ncache = "{folder / "cache"}"\n'
         text += f'[[data.sources]]\npath = "{data}"\nformat = "chat"\n' + BASE.format(seed=seed)
         chosen = "".join(choices[choice[name]] for name, choices in FACTORS.items())
-        text += chosen.replace("dropout = 0.2", "dropout = 0.0") if choice["layout"].startswith("context") else chosen  # refused there
+        text += chosen.replace("dropout = 0.2", "dropout = 0.0") if "context" in choice["layout"] else chosen  # refused there
         text += evaluation if "[eval]" not in text else ""
         (folder / "case.toml").write_text(text, encoding="utf-8")
-        return cls(folder, text)
+        return cls(folder, text, LAYOUTS[choice["layout"]][0])
 
 
 def records(out: Path) -> dict[tuple, tuple]:
@@ -169,8 +199,8 @@ class Watch:
     POINTS = ("", "mkdir", "plan", "open", "write", "fsync", "fsync_folder", "rename", "latest", "trash", "delete", "supersede")
     PHASES = ("start", "data", "step", "evaluation", "export")
 
-    def __init__(self):
-        self._bytes = mmap.mmap(-1, len(self.FIELDS) * WORLD)
+    def __init__(self, world: int):
+        self.world, self._bytes = world, mmap.mmap(-1, len(self.FIELDS) * world)
         self.at_point: Callable[[str], None] = lambda point: None
         self.reading_s = 0.0
 
@@ -188,7 +218,7 @@ class Watch:
         return self._get(rank, "saving") == 1
 
     def begun(self) -> int:
-        return max(self._get(rank, "begun") for rank in range(WORLD))
+        return max(self._get(rank, "begun") for rank in range(self.world))
 
     def point(self, rank: int) -> str:
         return self.POINTS[self._get(rank, "point")]
@@ -304,7 +334,7 @@ def undisturbed(case: Case, watch: Watch) -> Calm:
     out = case.folder / "calm"
     watch.reset()
     begun = last = time.monotonic()
-    ranks = launch.start(case.argv(out), WORLD, out / "out")
+    ranks = launch.start(case.argv(out), case.world, out / "out")
     saving, phases = 0.0, dict.fromkeys(watch.PHASES, 0.0)
     while not ranks.poll():
         assert time.monotonic() < begun + START_S, f"the undisturbed run hangs\n{ranks.output()}"
@@ -312,12 +342,12 @@ def undisturbed(case: Case, watch: Watch) -> Calm:
         now, before = time.monotonic(), last
         phases[watch.phase(0)] += now - before
         saving, last = saving + (now - before) * watch.saving(0), now
-    assert ranks.wait() == [0] * WORLD, f"the undisturbed run fails\n{ranks.output()}\n{case.text}"
+    assert ranks.wait() == [0] * case.world, f"the undisturbed run fails\n{ranks.output()}\n{case.text}"
     whole, found = time.monotonic() - begun, records(out)
     steps = [dict(values)["loss"] for (_, trained), values in found.items() if trained]
     assert len(set(steps)) == len(steps) == STEPS and all(map(math.isfinite, steps)), "a run in which nothing happens compares nothing"
     assert watch.begun() == STEPS // 2 and not watch.saving(0) and watch.point(0), "the watch sees nothing"
-    assert all(watch.met(r) and watch.listens(r) and watch.step(r) == STEPS and watch.phase(r) == "export" for r in range(WORLD))
+    assert all(watch.met(r) and watch.listens(r) and watch.step(r) == STEPS and watch.phase(r) == "export" for r in range(case.world))
     return Calm(Pace(whole, max(0.005, saving / watch.begun()), phases), found, digest(out / "export"))
 
 
@@ -329,14 +359,27 @@ def differing(calm: Calm, out: Path) -> list[tuple]:
 # ---------------------------------------------------------------------------------------------------------------- campaign
 
 
+def commit() -> str:
+    """What is run: the checkout's commit, and whether files are not as it has them; but for counts, which campaigns write."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + "+changes" * bool(git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results"))
+    except (OSError, subprocess.CalledProcessError):
+        return "no checkout"
+
+
 class Counts:
-    """The counts of a file, or of one section of it, over all sessions. Kinds of campaigns add theirs to GOOD and BAD."""
+    """The counts of a file, or of one section of it, over all sessions. Kinds of campaigns add theirs to GOOD and BAD. `commits`: what was
+    run, session by session; sessions before the first of them did not say."""
 
     GOOD: tuple[str, ...] = ()
     BAD: tuple[str, ...] = ("lost_runs", "differing_records", "differing_exports", "hangs")
 
     def __init__(self, file: Path, seed: int, section: str | None = None):
-        self.file, self.section = file, section
+        self.file, self.section, self._commit = file, section, commit()
         self.data = {"seed": seed} | dict.fromkeys(("visits", *self.GOOD, "runs", "starts", "records", *self.BAD, "seconds"), 0)
         there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         self.data |= there.get(section, {}) if section else there
@@ -361,9 +404,11 @@ class Counts:
     def bad(self) -> int:
         return sum(self.data[key] for key in self.BAD)
 
-    def save(self, command: str) -> None:
-        about = {"command": command, "date": date.today().isoformat(), "machine": f"{os.cpu_count()} CPU cores, {WORLD} gloo ranks"}
+    def save(self, command: str, among: str = "") -> None:
+        command += f' --layouts "{among}"' * bool(among)
+        about = {"command": command, "date": date.today().isoformat(), "machine": f"{os.cpu_count()} CPU cores, gloo"}
         about |= {"torch": torch.__version__, "python": platform.python_version()}
+        about["commits"] = [*(known for known in self.data.get("commits", ()) if known != self._commit), self._commit]
         self.data = {**about, **{key: value for key, value in self.data.items() if key not in about}}
         whole: dict = self.data
         if self.section:
@@ -390,10 +435,14 @@ class Stage:
     counts: Counts
     watch: Watch
 
+    @property
+    def world(self) -> int:
+        return self.case.world
+
     def start(self, out: Path) -> launch.Ranks:
         self.watch.reset()
         self.counts.add("starts")
-        return launch.start(self.case.argv(out), WORLD, out / "out")
+        return launch.start(self.case.argv(out), self.world, out / "out")
 
     def wrong(self, key: str, out: Path, what: object) -> None:
         self.counts.add(key)
@@ -406,10 +455,14 @@ class Stage:
             self.counts.add("differing_records", len(found) - 1)
             self.wrong("differing_records", out, found[:2])
 
-    def check_end(self, out: Path) -> None:
-        """Of a run that got through: nothing is missing, and the result is the undisturbed run's."""
+    def check_end(self, out: Path, lost: int = 0) -> None:
+        """Of a run that got through: nothing is missing, and the result is the undisturbed run's. Up to the step `lost` the run said that
+        records are."""
         self.counts.add("runs")
-        if missing := self.calm.records.keys() - records(out).keys():
+        missing = self.calm.records.keys() - records(out).keys()
+        if lost:
+            self.counts.add("lost_records", sum(step <= lost for step, _ in missing))
+        if missing := {(step, trained) for step, trained in missing if step > lost}:
             self.wrong("differing_records", out, f"{missing} are missing")
         if not (out / "export").is_dir():
             self.wrong("lost_runs", out, "there is no export")
@@ -427,32 +480,33 @@ def campaign(
     folder: Path | None = None,
     command: str = "",
     evaluation: str = "",
+    among: str = "",
 ) -> Counts:
-    """Visits combinations until counts[key] is `goal`, `each` times that of one combination.
+    """Visits combinations of the layouts `among` (see `layouts`) until counts[key] is `goal`, `each` times that of one combination.
 
     disturbed(stage, out, most): one run in the folder `out`, disturbed `most` times at most. Returns how often.
     """
     good = True
     root = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=folder))
-    with Watch().installed() as watch:
-        while counts[key] < goal:
-            number, begun, bad = counts["visits"], time.monotonic(), counts.bad()
-            choice, dice = combination(number), random.Random(f"{counts['seed']} {number}")
-            here = root / f"visit{number}"
-            here.mkdir()
-            case = Case.write(here, choice, dice.randrange(1 << 20), evaluation)
+    while counts[key] < goal:
+        number, begun, bad = counts["visits"], time.monotonic(), counts.bad()
+        choice, dice = combination(number, layouts(among)), random.Random(f"{counts['seed']} {number}")
+        here = root / f"visit{number}"
+        here.mkdir()
+        case = Case.write(here, choice, dice.randrange(1 << 20), evaluation)
+        left, run = min(each, goal - counts[key]), 0
+        with Watch(case.world).installed() as watch:
             stage = Stage(case, undisturbed(case, watch), choice, dice, counts, watch)
-            left, run = min(each, goal - counts[key]), 0
             while left > 0:
                 run += 1
                 left -= disturbed(stage, here / f"run{run}", left)
-            counts.add("visits")
-            counts.add("seconds", round(time.monotonic() - begun))
-            if counts.bad() == bad:
-                shutil.rmtree(here)
-            good &= counts.bad() == bad
-            counts.save(command)
-            print(f"visit {number}, {', '.join(choice.values())}: {counts.line()}", flush=True)
+        counts.add("visits")
+        counts.add("seconds", round(time.monotonic() - begun))
+        if counts.bad() == bad:
+            shutil.rmtree(here)
+        good &= counts.bad() == bad
+        counts.save(command, among)
+        print(f"visit {number}, {', '.join(choice.values())}: {counts.line()}", flush=True)
     if good:
         shutil.rmtree(root)
     return counts

@@ -1,9 +1,9 @@
 """Kills training runs at random moments and starts them again, until so many kills are counted.
 
-    python -m tests.chaos --kills 1000 [--seed 0] [--out benchmarks/results/chaos.json] [--each 10] [--folder DIR]
+    python -m tests.chaos --kills 1000 [--layouts "4 ranks"] [--seed 0] [--each 10] [--out benchmarks/results/chaos.json]
 
-A run (tests/campaign.py) is killed (SIGKILL, one rank or both), started again by the same command, killed again, until it gets
-through. A visit is `--each` kills of one combination of features.
+A run (tests/campaign.py) is killed (SIGKILL: one rank, of four sometimes two, or all), started again by the same command, killed again,
+until it gets through. A visit is `--each` kills of one combination of features.
 
 The moment: with probability `AIM` somewhere in one of the next saves, else anywhere between the fork and the time a whole run takes. A
 rank notes in memory shared with this process whether it saves and how far it is, so what a kill has hit is read, not guessed. A
@@ -31,21 +31,23 @@ from pathlib import Path
 import torch
 
 from tests import campaign, launch
-from tests.campaign import START_S, SURVIVE_S, WORLD, Pace, Stage, Watch
+from tests.campaign import START_S, SURVIVE_S, Pace, Stage, Watch
 
 AIM = 0.6  # of the kills are aimed at a save
-ALL = 0.25  # of the kills take both ranks, as a node that goes away does
+ALL = 0.25  # of the kills take all ranks, as a node that goes away does
+TWO = 0.25  # take two of four, as one of two nodes that goes away does
 PATIENCE = 12  # kills of one run, after which it may go on undisturbed
 
 
 class Counts(campaign.Counts):
-    GOOD = ("kills", "in_saves", "of_both_ranks", "before_they_met")
+    GOOD = ("kills", "in_saves", "of_all_ranks", "of_some_ranks", "before_they_met")
     BAD = (*campaign.Counts.BAD, "manual_actions")
 
-    def kill(self, dead: list[int], point: str | None, choice: dict[str, str]) -> None:
+    def kill(self, dead: list[int], world: int, point: str | None, choice: dict[str, str]) -> None:
         self.add("kills")
         self.add("in_saves", point is not None)
-        self.add("of_both_ranks", len(dead) == WORLD)
+        self.add("of_all_ranks", len(dead) == world)
+        self.add("of_some_ranks", 1 < len(dead) < world)
         if point is not None:
             self.of("at", point or "before the first point")
         for name, value in choice.items():
@@ -58,7 +60,8 @@ class Counts(campaign.Counts):
 def strike(ranks: launch.Ranks, watch: Watch, dice: random.Random, pace: Pace) -> tuple[list[int], str | None]:
     """Waits for a random moment and kills. Returns who died of it (nobody, if the run was faster), and the point of the save
     in which it happened, or None outside of saves."""
-    victims = list(range(WORLD)) if dice.random() < ALL else [dice.randrange(WORLD)]
+    many = dice.random()
+    victims = dice.sample(range(watch.world), watch.world if many < ALL else 2 if many < ALL + TWO and watch.world > 2 else 1)
     begun = time.monotonic()
     if dice.random() < AIM:
         number, later = dice.randint(1, 3), dice.uniform(0, pace.save_s)
@@ -89,7 +92,7 @@ def disturbed(stage: Stage, out: Path, most: int) -> int:
         dead, point = strike(ranks, watch, stage.dice, stage.calm.pace) if kills < min(most, PATIENCE) else ([], None)
         if dead:
             kills += 1
-            counts.kill(dead, point, stage.choice)
+            counts.kill(dead, stage.world, point, stage.choice)
         begun = time.monotonic()
         early = not all(watch.met(rank) for rank in dead)
         counts.add("before_they_met", early)
@@ -104,7 +107,7 @@ def disturbed(stage: Stage, out: Path, most: int) -> int:
         if dead:
             failed = False
             continue
-        if codes != [0] * WORLD:
+        if codes != [0] * stage.world:
             stage.wrong("manual_actions", out, f"exit codes {codes}\n{ranks.output()}")
             if failed:
                 stage.wrong("lost_runs", out, "the same command failed twice")
@@ -116,21 +119,23 @@ def disturbed(stage: Stage, out: Path, most: int) -> int:
     return kills
 
 
-def kill(kills: int, file: Path, seed: int = 0, each: int = 10, folder: Path | None = None, command: str = "") -> Counts:
+def kill(kills: int, file: Path, seed: int = 0, each: int = 10, folder: Path | None = None, layouts: str = "") -> Counts:
     """Visits combinations until `file` counts so many kills."""
-    return campaign.campaign(Counts(file, seed), "kills", kills, each, disturbed, folder, command)
+    command = f"python -m tests.chaos --kills {kills}"
+    return campaign.campaign(Counts(file, seed), "kills", kills, each, disturbed, folder, command, among=layouts)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="Kill training runs at random moments; see the module.")
     parser.add_argument("--kills", type=int, required=True, help="kills in all, those that the file counts already included")
+    parser.add_argument("--layouts", default="", help='only those with one of these in their names: "tensor,context 4", or "4 ranks"')
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/chaos.json"), help="the file with the counts")
     parser.add_argument("--each", type=int, default=10, help="kills of each combination")
     parser.add_argument("--folder", type=Path, help="where the runs lie; default: the system's temporary folder")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    counts = kill(args.kills, args.out, args.seed, args.each, args.folder, f"python -m tests.chaos --kills {args.kills}")
+    counts = kill(args.kills, args.out, args.seed, args.each, args.folder, args.layouts)
     print(counts.line())
     return 1 if counts.bad() else 0
 

@@ -1,7 +1,7 @@
 """Signals, full disks, damaged files and a launcher that restarts: what each does to a run, counted.
 
-    python -m tests.faults signals --count 150      [--seed 0] [--out benchmarks/results/faults.json] [--each N] [--folder DIR]
-    python -m tests.faults disks   --count 20
+    python -m tests.faults signals --count 150  [--layouts "4 ranks"] [--seed 0] [--each N] [--out benchmarks/results/faults.json]
+    python -m tests.faults disks   --count 30
     python -m tests.faults damage  --count 1000
     python -m tests.faults restarts --count 25
 
@@ -10,20 +10,22 @@ those of the same run that nobody disturbed. The counts live in a section of the
 goes on from there, up to `--count` in all. All that is bad has to be 0, or the exit code is 1 and the folders of what went wrong stay.
 
 signals. SIGTERM, SIGINT or SIGUSR1 to one rank at a random moment, aimed at a phase: starting, waiting for data (made slow), in a step, in
-an evaluation, in a save. A rank notes where it is in memory shared with this process. Then the same command goes on. Both ranks must end
+an evaluation, in a save. A rank notes where it is in memory shared with this process. Then the same command goes on. All ranks must end
 with code 0, the step must be saved (unsaved), at most the step in progress may be lost (lost_steps), and it may take `END_S` and
 `BUSY` times a step and a save (late). Before training there is nothing to save: the process ends as it would without us, and so do the
 others. One in six is followed by a second signal, in a save that the disk has made slow: the process must end at once (`AT_ONCE_S`)
 with 128 + its number, the others notice, and the newest complete checkpoint is where the next start begins (wrong_codes).
 
-disks. One disk of each size from 0.2 to 3 checkpoints, in turn: small from the beginning, or so much is left when something else fills it
-at a random point of a save (and in half of these makes room again, two saves later). The run must reach its last step (ended_early), its
-newest checkpoint must verify whatever failed after it (lost_checkpoints), each failed save must name a path, the need and what is free
-(unclear_messages). Then there is room, and the same command must end like the undisturbed run. The disk is a tmpfs in a mount namespace
-of its own; where that is not allowed, a limit on the size of files stands for it, and the counts say so (`by`).
+disks. Three kinds in turn, and of all sizes from 0.2 to 3 checkpoints those that are small from the beginning, or have so much left when
+something else fills them at a random point of a save. The third kind is read-only from such a point on, for the records and logs that are
+open as well. In half of the last two kinds that ends two saves later. The run must reach its last step (ended_early), its newest
+checkpoint must verify whatever failed after it (lost_checkpoints), each failed save must name a path, the need and what is free, and
+nothing may end in a traceback (unclear_messages). Records may be missing if the run said so (lost_records), and only up to the step it goes
+on from. Then the disk can be written and has room, and the same command must end like the undisturbed run. The disk is a tmpfs in a mount
+namespace of its own; where that is not allowed, a limit on the size of files stands for it, and the counts say so (`by`).
 
 damage. One file of the newest checkpoint or of the two newest is changed as disks and copies do: a bit, a block of zeros, a byte too many,
-the end cut off, gone. Verification must find it (undetected) and name the file (unnamed), and both ranks must go back to the newest
+the end cut off, gone. Verification must find it (undetected) and name the file (unnamed), and all ranks must go back to the newest
 checkpoint that is intact (wrong_choices). Twice a visit a whole run starts from there, and must end like the undisturbed one.
 
 restarts. Under `torchrun --max-restarts 3` one rank is killed up to three times, half of the time before it has trained again: torchrun
@@ -34,6 +36,7 @@ yet, and the same command must go on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -45,6 +48,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -61,7 +65,7 @@ from runtime.checkpoint import Checkpointer, checkpointer, store
 from runtime.checkpoint.store import Damaged, Store
 from runtime.sections import CheckpointConfig
 from tests import campaign, launch
-from tests.campaign import START_S, STEPS, SURVIVE_S, WORLD, Stage, records
+from tests.campaign import START_S, STEPS, SURVIVE_S, Stage, records
 from tests.runtime.saving import hurt, run_folder
 
 EVALUATION = "[eval]\nsplit = 0.5\nevery = 3\n"
@@ -111,7 +115,7 @@ def signalled(stage: Stage, out: Path, most: int) -> int:
     counts, watch, dice, pace = stage.counts, stage.watch, stage.dice, stage.calm.pace
     sent = 0
     while True:
-        number, victim = dice.choice(stop.SIGNALS), dice.randrange(WORLD)
+        number, victim = dice.choice(stop.SIGNALS), dice.randrange(stage.world)
         target = dice.choice(AIMS) if sent < min(most, PATIENCE) else ""
         twice = bool(target) and counts["second_signals"] < (counts["signals"] + 3) // 6
         target = dice.choice(("step", "evaluation", "save")) if twice else target
@@ -146,24 +150,24 @@ def signalled(stage: Stage, out: Path, most: int) -> int:
         took, text = time.monotonic() - begun, ranks.output()
         stage.check_records(out)
         told = f"{signal.Signals(number).name} in {where}, step {doing}: {codes}\n{text}"
-        asked = STOPPED.search(text)
+        asked, others = STOPPED.search(text), {code for rank, code in enumerate(codes) if rank != victim}
         if second:
             counts.add("second_signals")
             counts.most("slowest_second_s", second[1])
-            right = codes[victim] == 128 + second[0] and codes[1 - victim] == 1 and second[1] < AT_ONCE_S
+            right = codes[victim] == 128 + second[0] and others <= {1} and second[1] < AT_ONCE_S
             if not right:
                 stage.wrong("wrong_codes", out, f"a second signal {second}: {told}")
-        elif delivered and codes != [0] * WORLD:
+        elif delivered and codes != [0] * stage.world:
             default = {-number, 130, 1} if number == signal.SIGINT else {-number}
-            if listening or codes[victim] not in default or codes[1 - victim] == 0:
+            if listening or codes[victim] not in default or 0 in others:
                 stage.wrong("wrong_codes", out, told)
             counts.add("before_training", not listening)
-        elif codes != [0] * WORLD or (asked and not delivered):
+        elif codes != [0] * stage.world or (asked and not delivered):
             stage.wrong("lost_runs", out, told)
             return max(sent, 1)
         elif asked:
             saved(stage, out, int(asked[1]), doing, told)
-            allowed = END_S + BUSY * (pace.phases["step"] / STEPS + pace.save_s) + watch.reading_s + SLOW_DISK_S * WORLD * twice
+            allowed = END_S + BUSY * (pace.phases["step"] / STEPS + pace.save_s) + watch.reading_s + SLOW_DISK_S * stage.world * twice
             if not twice:
                 counts.most("slowest_end_s", took)
             if took > allowed:
@@ -207,12 +211,12 @@ def saved(stage: Stage, out: Path, step: int, doing: int, told: str) -> None:
 
 SIZES = [round(0.2 + 2.8 * i / 19, 2) for i in range(20)]  # in checkpoints
 OTHERS = 256 << 10  # logs, metrics, an export
-PROBLEM = re.compile(r"(/\S+): [A-Z][\w ]+ \(it needs [\d.]+ [KM]?i?B, [\d.]+ [KMGT]?i?B are free in (/\S+)\)")
-NEW_NAMESPACE, NEW_USER, PRIVATE, REMOUNT = 0x20000, 0x10000000, 0x44000, 0x20
+PROBLEM = re.compile(r"(/\S+): [A-Z][\w -]+ \(it needs [\d.]+ [KM]?i?B, [\d.]+ [KMGT]?i?B are free in (/\S+)\)")
+NEW_NAMESPACE, NEW_USER, PRIVATE, READ_ONLY, REMOUNT, BIND = 0x20000, 0x10000000, 0x44000, 0x1, 0x20, 0x1000
 
 
 class Disks(campaign.Counts):
-    GOOD = ("disks", "saves", "failed_saves", "exports_failed")
+    GOOD = ("disks", "saves", "failed_saves", "exports_failed", "lost_records")
     BAD = (*campaign.Counts.BAD, "lost_checkpoints", "ended_early", "unclear_messages")
 
 
@@ -244,13 +248,51 @@ class Tmpfs:
         """The ranks start."""
 
     def make_room(self) -> None:
+        """It can be written, and has room."""
+        self.protect(False)
         (self.folder / "ballast").unlink(missing_ok=True)
         self._mount(256 << 20, REMOUNT)
+
+    def protect(self, on: bool) -> None:
+        """Read-only, by a mount over it: the one below has files that are open for writing, and cannot be (see `OpenFiles`)."""
+        folder = os.fsencode(self.folder)
+        if on:
+            self._call("mount", folder, folder, None, BIND, None)
+        if on or self.is_read_only():
+            self._call("mount", None, folder, None, REMOUNT | BIND | READ_ONLY * on, None)
+
+    def is_read_only(self) -> bool:
+        return bool(os.statvfs(self.folder).f_flag & os.ST_RDONLY)
 
     def fill(self, but: int) -> None:
         found = os.statvfs(self.folder)
         with open(self.folder / "ballast", "wb") as file:
             os.posix_fallocate(file.fileno(), 0, max(1, found.f_bavail * found.f_frsize - but))
+
+
+class OpenFiles:
+    """What a rank keeps open for writing: records and its log. A read-only mount over the disk does not reach them, so their descriptors
+    are exchanged for such as cannot be written to, and back."""
+
+    def __init__(self, disk: Tmpfs):
+        self.disk, self._kept, self._lock = disk, {}, threading.Lock()  # by descriptor: itself, as it was
+
+    def follow(self) -> None:
+        """Does to them what has happened to the disk. Called in each rank, at points of its saves."""
+        with self._lock:
+            if self.disk.is_read_only() and not self._kept:
+                for path in (self.disk.folder / "metrics.jsonl", self.disk.folder / "logs" / f"rank_{os.environ['RANK']}.log"):
+                    for fd in map(int, os.listdir("/proc/self/fd")):
+                        with contextlib.suppress(OSError):  # the listing's own is gone
+                            if os.path.samestat(os.fstat(fd), path.stat()):
+                                self._kept[fd] = os.dup(fd)
+                                with open(path, "rb") as other:
+                                    os.dup2(other.fileno(), fd)
+            elif self._kept and not self.disk.is_read_only():
+                for fd, kept in self._kept.items():
+                    os.dup2(kept, fd)
+                    os.close(kept)
+                self._kept = {}
 
 
 class Limit:
@@ -299,65 +341,69 @@ def on_a_disk(stage: Stage, out: Path, number: int) -> campaign.Counts:
     dice = random.Random(f"{counts['seed']} disk {number}")
     newest = store.read_manifest(Store(stage.case.folder / "calm").steps()[0])
     nbytes = sum(record["size"] for record in newest["files"].values())
-    fills = number % 2 == 1
+    what = ("", ", read-only from a save on", ", filled in a save")[number % 3]
     try:
-        disk = Tmpfs(out, 64 << 20 if fills else int(OTHERS + checkpointer._SLACK + share * nbytes))
+        disk = Tmpfs(out, 64 << 20 if what else int(OTHERS + checkpointer._SLACK + share * nbytes))
     except OSError as refused:
         print(f"no disk of its own ({refused}): a limit on the size of files stands for it", file=sys.stderr)
         largest = max(record["size"] for record in newest["files"].values())
-        disk, fills = Limit(out, int(share / SIZES[-1] * 1.2 * largest)), False
-    if fills:
-        save, point, back, seen = dice.randint(2, 4), dice.randrange(24), dice.random() < 0.5, []
+        disk, what = Limit(out, int(share / SIZES[-1] * 1.2 * largest)), ""
+    if what:
+        save, point, back, seen, files = dice.randint(2, 4), dice.randrange(24), dice.random() < 0.5, [], OpenFiles(disk)
 
         def at_point(name: str) -> None:
             begun = watch._get(0, "begun")
-            if os.environ["RANK"] != "0" or begun < save:
-                return
-            if begun == save:
+            if os.environ["RANK"] == "0" and save <= begun < save + 2:
                 seen.append(name)
                 if len(seen) == point + 1:
-                    disk.fill(but=int((32 << 10) + share / 3 * nbytes))
-            elif back and begun >= save + 2:
+                    disk.protect(True) if "read-only" in what else disk.fill(but=int((32 << 10) + share / 3 * nbytes))
+            elif os.environ["RANK"] == "0" and back and begun >= save + 2:
+                disk.protect(False)
                 (out / "ballast").unlink(missing_ok=True)
+            files.follow()
 
         watch.at_point = at_point
     counts.add("disks")
-    counts.of("by", f"{disk.kind}{', filled in a save' * fills}")
+    counts.of("by", f"{disk.kind}{what}")
+    counts.of("layouts", stage.choice["layout"])
     disk.begin()
     ranks = stage.start(out)
     if isinstance(disk, Limit):
         disk.make_room()
     codes, text = ranks.wait(START_S), ranks.output()
-    told = f"{disk.kind}, {share} checkpoints, filled in a save: {fills}: {codes}\n{text}"
-    ended = [(int(step), what) for step, what in re.findall(r"checkpoint of step (\d+): (.*)", text)]
-    failures = [(step, what) for step, what in ended if what.startswith("not saved")]
-    good = [step for step, what in ended if not what.startswith("not saved")]
+    told = f"{disk.kind}{what}, {share} checkpoints: {codes}\n{text}"
+    ended = [(int(step), said) for step, said in re.findall(r"checkpoint of step (\d+): (.*)", text)]
+    failures = [(step, said) for step, said in ended if said.startswith("not saved")]
+    good = [step for step, said in ended if not said.startswith("not saved")]
     counts.add("saves", len(good))
     counts.add("failed_saves", len(failures))
-    for step, what in failures:
-        found = PROBLEM.search(what)
-        counts.of("failed", "not begun for want of room" if found and found[1] == found[2] else "while it was written")
+    for step, said in failures:
+        found = PROBLEM.search(said)
+        cause = "read-only" if "Read-only" in said else "while it was written"
+        counts.of("failed", "not begun for want of room" if found and found[1] == found[2] else cause)
         if not (found and Path(found[1]).is_relative_to(out) and Path(found[2]).is_relative_to(out)):
-            stage.wrong("unclear_messages", out, f"step {step}: {what}")
+            stage.wrong("unclear_messages", out, f"step {step}: {said}")
+    if "Traceback" in text:
+        stage.wrong("unclear_messages", out, told)
     if good:
         try:
             store.verify(Store(out).path(max(good)))
         except Damaged as damage:
             stage.wrong("lost_checkpoints", out, f"{damage}: {told}")
-    if [watch.step(r) for r in range(WORLD)] != [STEPS] * WORLD or watch.phase(0) != "export" or len(ended) != STEPS // 2:
+    if [watch.step(r) for r in range(stage.world)] != [STEPS] * stage.world or watch.phase(0) != "export" or len(ended) != STEPS // 2:
         stage.wrong("ended_early", out, told)
-    counts.add("exports_failed", codes != [0] * WORLD)
+    counts.add("exports_failed", codes != [0] * stage.world)
     stage.check_records(out)
     disk.make_room()
     watch.at_point = lambda point: None
     ranks = stage.start(out)
     codes, text = ranks.wait(START_S), ranks.output()
     begins = re.search(r"resuming from \S+/step_(\d+)", text)
-    if codes != [0] * WORLD or (int(begins[1]) if begins else 0) != max(good, default=0):
+    if codes != [0] * stage.world or (int(begins[1]) if begins else 0) != max(good, default=0):
         stage.wrong("lost_runs", out, f"{told}\nthen {codes}\n{text}")
         return counts
     stage.check_records(out)
-    stage.check_end(out)
+    stage.check_end(out, lost=max(good, default=0) if "records are lost" in told else 0)
     return counts
 
 
@@ -374,16 +420,17 @@ def damaged(stage: Stage, out: Path, most: int) -> int:
     counts, dice = stage.counts, stage.dice
     stage = replace(stage, case=replace(stage.case, more=("--checkpoint.keep=3",)))
     ranks = stage.start(out)
-    assert ranks.wait(START_S) == [0] * WORLD, ranks.output()
+    assert ranks.wait(START_S) == [0] * stage.world, ranks.output()
     stage.check_records(out)
     stage.check_end(out)
     with run_folder() as folder:
         seed = dice.randrange(1 << 30)
         shutil.copytree(out / "checkpoints", folder / "whole")
-        kinds, rounds, problems = local.run(fall_back, WORLD, folder, most, seed, timeout=600.0)[0]
+        kinds, rounds, problems = local.run(fall_back, stage.world, folder, most, seed, timeout=600.0)[0]
     for kind in kinds:
         counts.add("damages")
         counts.of("by", kind)
+        counts.of("layouts", stage.choice["layout"])
     for key, what in problems:
         stage.wrong(key, out, what)
     counts.add("fall_backs", rounds)
@@ -398,7 +445,7 @@ def damaged(stage: Stage, out: Path, most: int) -> int:
         stage.check_records(again)
         if unsaid := [path for path, name in hit.items() if not re.search(rf"skipped \S*/{path.name}: .*{re.escape(name)}", text)]:
             stage.wrong("unnamed", again, f"{unsaid}: {text}")
-        if codes != [0] * WORLD or f"resuming from {oldest if older in hit else older}\n" not in text:
+        if codes != [0] * stage.world or f"resuming from {oldest if older in hit else older}\n" not in text:
             stage.wrong("lost_runs", again, f"{codes} {text}")
         stage.check_end(again)
         counts.add("resumed_runs")
@@ -450,8 +497,7 @@ def fall_back(rank: int, world: int, folder: Path, most: int, seed: int) -> tupl
 # ----------------------------------------------------------------------------------------------------------------- restarts
 
 RESTARTS = 3
-TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(WORLD))
-ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", str(RESTARTS))
 
 
 class Restarts(campaign.Counts):
@@ -466,11 +512,11 @@ def restarted(stage: Stage, out: Path, most: int) -> int:
         begun, counted = time.monotonic(), kills
         counts.add("starts")
         with open(out / "torchrun.txt", "a") as said:
-            command = [sys.executable, *TORCHRUN, "--max-restarts", str(RESTARTS), "train.py", *stage.case.argv(out)]
-            agent = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            command = [sys.executable, *TORCHRUN, "--nproc-per-node", str(stage.world), "train.py", *stage.case.argv(out)]
+            agent = subprocess.Popen(command, cwd=campaign.ROOT, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
         whole, workers = dice.random() < 0.25, []
         for _ in range(min(most - kills, 1 if whole else RESTARTS)):
-            workers = new_workers(agent, workers)
+            workers = new_workers(agent, workers, stage.world)
             if not workers:
                 break
             moment(out, agent, workers, dice)
@@ -479,6 +525,7 @@ def restarted(stage: Stage, out: Path, most: int) -> int:
                 os.kill(victim, signal.SIGKILL)
                 kills += 1
                 counts.add("kills")
+                counts.of("layouts", stage.choice["layout"])
         if whole and kills > counted:
             counts.add("of_torchrun")
             agent.wait()
@@ -511,12 +558,12 @@ def log_of(out: Path) -> str:
     return "".join(path.read_text(errors="replace") for path in (out / "logs").glob("rank_*.log")) if (out / "logs").is_dir() else ""
 
 
-def new_workers(agent: subprocess.Popen, old: list[int]) -> list[int]:
+def new_workers(agent: subprocess.Popen, old: list[int], world: int) -> list[int]:
     """torchrun's ranks, once they are others than `old`; none if it ends instead."""
     while agent.poll() is None:
         found = [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
         found = [pid for pid in found if process_state(pid) == "runs"]
-        if len(found) == WORLD and not set(found) & set(old):
+        if len(found) == world and not set(found) & set(old):
             return found
         time.sleep(0.01)
     return []
@@ -554,24 +601,29 @@ KINDS: dict[str, tuple[type[campaign.Counts], Callable[[Stage, Path, int], int],
 }
 
 
-def count(kind: str, number: int, file: Path, seed: int = 0, each: int | None = None, folder: Path | None = None) -> campaign.Counts:
+def count(
+    kind: str, number: int, file: Path, seed: int = 0, each: int | None = None, folder: Path | None = None, layouts: str = ""
+) -> campaign.Counts:
     """Goes on until `file` counts so many."""
     counts, disturbed, usual = KINDS[kind]
     command = f"python -m tests.faults {kind} --count {number}"
-    return campaign.campaign(counts(file, seed, kind), counts.GOOD[0], number, each or usual, disturbed, folder, command, EVALUATION)
+    return campaign.campaign(
+        counts(file, seed, kind), counts.GOOD[0], number, each or usual, disturbed, folder, command, EVALUATION, layouts
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description="Signals, full disks, damaged files; see the module.")
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--count", type=int, required=True, help="in all, those that the file counts already included")
+    parser.add_argument("--layouts", default="", help='only those with one of these in their names: "tensor,context 4", or "4 ranks"')
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/faults.json"), help="the file with the counts")
     parser.add_argument("--each", type=int, help="of each combination")
     parser.add_argument("--folder", type=Path, help="where the runs lie; default: the system's temporary folder")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    counts = count(args.kind, args.count, args.out, args.seed, args.each, args.folder)
+    counts = count(args.kind, args.count, args.out, args.seed, args.each, args.folder, args.layouts)
     print(counts.line())
     return 1 if counts.bad() else 0
 

@@ -26,7 +26,7 @@ def test_nothing_is_lost(tmp_path, kind):
         assert counts["saved"] >= 1 and counts["second_signals"] >= 1 and counts["starts"] == number + counts["runs"] - counts["at_the_end"]
     elif kind == "disks":
         assert counts["disks"] == number and counts["starts"] == 2 * number
-        assert counts["failed_saves"] >= 2 and counts["saves"] + counts["failed_saves"] == 5 * number
+        assert counts["failed_saves"] >= 2 and counts["failed"]["read-only"] >= 1 and counts["saves"] + counts["failed_saves"] == 5 * number
     elif kind == "damage":
         assert counts["damages"] == number > counts["fall_backs"] >= number // 2 and counts["resumed_runs"] == 2
     else:

@@ -20,7 +20,7 @@ from tests.campaign import FACTORS, Case, combination
 from tests.tiny import write_chats, write_config, write_model
 from train import RunConfig
 
-KILLS = 20
+KILLS = 18
 EXTRA = """
 [train]
 steps = 24
@@ -51,7 +51,8 @@ def base(tmp_path_factory):
 
 def test_killed_runs_end_with_the_same_bits(tmp_path):
     """A slice of the campaign whose counts are benchmarks/results/chaos.json."""
-    counts = chaos.kill(KILLS, tmp_path / "counts.json", seed=1, each=10, folder=tmp_path)
+    counts = chaos.kill(KILLS, tmp_path / "counts.json", seed=1, each=14, folder=tmp_path)
+    assert list(counts["by"]["layout"]) == ["shard 2", "replicate 2 x shard 2"]
     assert counts["kills"] == KILLS and counts["visits"] == 2 and counts["starts"] == KILLS + counts["runs"]
     assert counts["records"] >= 10 * counts["runs"] and counts["in_saves"] == sum(counts["at"].values())
     assert {key: counts[key] for key in counts.BAD} == dict.fromkeys(counts.BAD, 0)
@@ -62,14 +63,14 @@ def test_killed_runs_end_with_the_same_bits(tmp_path):
 def test_combinations_come_in_turn_and_all_are_legal(tmp_path):
     """Few visits have every pair of choices; no combination is one that the product refuses."""
     number = math.prod(map(len, FACTORS.values()))
-    assert len({tuple(combination(v).values()) for v in range(number)}) == number == 3960
-    assert len({pair for v in range(99) for pair in combinations(combination(v).items(), 2)}) == sum(
+    assert len({tuple(combination(v).values()) for v in range(number)}) == number == 8415
+    assert len({pair for v in range(187) for pair in combinations(combination(v).items(), 2)}) == sum(
         len(a) * len(b) for a, b in combinations(FACTORS.values(), 2)
     )
-    for visit in range(0, number, 31):
+    for visit in range(0, number, 61):
         case = Case.write(tmp_path / str(visit), combination(visit), visit)
         cfg = load(RunConfig, case.folder / "case.toml")
-        check(cfg, sizes(cfg.parallel, 2), Arch.from_folder(case.folder / "model"), cfg.lora)
+        check(cfg, sizes(cfg.parallel, case.world), Arch.from_folder(case.folder / "model"), cfg.lora)
 
 
 def test_stop_and_resume_at_other_world_sizes_keeps_every_step(base):

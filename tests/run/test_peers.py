@@ -309,16 +309,18 @@ def test_preparing_the_data_may_take_longer_than_the_limit(base, tmp_path, monke
     assert time.monotonic() - begun > 2 * LIMIT_S and "error: " not in ranks.output()
 
 
-def test_a_rank_that_waits_outside_of_collectives_is_ended_too(base, tmp_path, monkeypatch):
-    """Its main thread cannot notice; the thread does."""
-    in_loss(monkeypatch, 0, 3, endless)
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_rank_that_waits_outside_of_collectives_is_ended_too(base, tmp_path, monkeypatch, victim):
+    """Its main thread cannot notice; the thread does, although the store goes with rank 0."""
+    in_loss(monkeypatch, 1 - victim, 3, endless)
     out = tmp_path / "out"
     ranks = start(base, out, SHARD, limit=600)
     until_step(ranks, out, 2)
     time.sleep(0.5)
-    ranks.signal(signal.SIGKILL, 1)
-    assert "rank 1 is gone" in others_end(ranks, out, 1, AFTER_S + 5)
-    assert "endless" in (out / "logs" / "rank_0.log").read_text()
+    ranks.signal(signal.SIGKILL, victim)
+    line = others_end(ranks, out, victim, AFTER_S + 5)
+    assert ("rank 1 is gone" if victim else "rank 0, which holds the ranks' meeting point, is gone") in line
+    assert "endless" in (out / "logs" / f"rank_{1 - victim}.log").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------ made-up beats

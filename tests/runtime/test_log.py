@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pty
@@ -9,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 
@@ -244,7 +246,14 @@ def test_a_broken_console_or_disk_stops_nothing(tmp_path, console):
         log._file.close()
         log._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
         log("written nowhere")
+        log._file.close()
+        log._file = types.SimpleNamespace(write=refuse, close=refuse)
+        log("written nowhere either")
     assert "said to nobody" in log.path.read_text()
+
+
+def refuse(*args):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 def test_threads_do_not_mix_lines(tmp_path, console):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -141,33 +142,47 @@ def test_kill_at_any_moment(tmp_path):
     assert len(steps) > 10 and steps == list(range(len(steps)))
 
 
-def test_a_full_disk_loses_records_and_nothing_else(tmp_path):
+class Refusing:
+    """A file on a disk that takes `room` bytes more, then nothing; read-only, it cannot be cut either, nor closed."""
+
+    def __init__(self, real, number: int, room: int = 0):
+        self.real, self.number, self.room = real, number, room
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(self.number, os.strerror(self.number))
+        written, self.room = self.real.write(data[: self.room]), 0
+        return written
+
+    def truncate(self, size):
+        if self.number == errno.EROFS:
+            raise OSError(self.number, os.strerror(self.number))
+        return self.real.truncate(size)
+
+    def close(self):
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("room", [0, 8])
+def test_a_disk_that_refuses_loses_records_and_nothing_else(tmp_path, number, room):
     warnings = []
     m = Metrics(tmp_path, warn=warnings.append)
     m.write({"step": 1})
     real = m._file
-
-    class Full:
-        """Writes half a line, then nothing, as a full disk does."""
-
-        room = 8
-
-        def write(self, data):
-            if not self.room:
-                raise OSError(28, "No space left on device")
-            written = real.write(data[: self.room])
-            self.room = 0
-            return written
-
-        truncate = real.truncate
-
-    m._file = Full()
+    m._file = Refusing(real, number, room)
     m.write({"step": 2})
+    assert [r["step"] for r in read(m.path)] == [1]
     m.write({"step": 3})
     m._file = real
     m.write({"step": 4})
     assert [r["step"] for r in read(m.path)] == [1, 4]
-    assert len(warnings) == 1 and "disk full" in warnings[0]
+    reason = os.strerror(errno.ENOSPC if room else number)  # of a part of a line nobody says why
+    assert warnings == [f"{m.path} cannot be written ({reason}); training goes on, records are lost"]
+    m._file = Refusing(real, number)
+    m.write({"step": 5})
+    assert len(warnings) == 2, "it is said again once some were written"
+    m.close()
 
 
 @pytest.fixture
