@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
+from runtime.files import once
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -184,7 +185,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not seal or f"{zlib.crc32(data[seal.end() :]):08x}".encode() != seal[1]:
         raise Damaged(f"{MANIFEST} was changed (its crc32 does not match)")
     try:
-        manifest = json.loads(data)
+        manifest = json.loads(data, object_pairs_hook=once)
         if manifest["format"] != FORMAT:
             raise Damaged(f"has format {json.dumps(manifest['format'])[:20]}, but this version reads format {FORMAT}")
         for name, record in manifest["files"].items():
