@@ -1,8 +1,8 @@
 """Hostile checkpoints that pass verification: how one is changed and sealed again, and what it says by a reader of its own.
 
 `seal` and `reseal` are what another program would do that knows the format: a right size and crc32 of every file, a right crc32 of the
-manifest. `read` takes nothing from runtime/checkpoint/: the metadata goes through an unpickler that knows names only, tensors through
-`zipfile` and numpy, and what is not one plain value for each element of each tensor raises.
+manifest. `said` takes nothing from runtime/checkpoint/: the metadata goes through an unpickler that knows names only, tensors through
+a reader of zip files and numpy, and what is not one plain value for each element of each tensor raises.
 """
 
 from __future__ import annotations
@@ -475,22 +475,36 @@ class _Tensors(pickle.Unpickler):
         return key, dtype, length
 
 
+def members(blob: bytes) -> dict[str, bytes]:
+    """What a zip file holds, by its central directory. `zipfile` looks at more (crc32, sizes, disks) and so would miss what torch reads."""
+
+    def number(at: int, width: int) -> int:
+        return int.from_bytes(blob[at : at + width], "little")
+
+    end, found = blob.rindex(b"PK\5\6"), {}
+    count, at, wide = number(end + 10, 2), number(end + 16, 4), number(end - 12, 8)
+    if blob[end - 20 : end - 16] == b"PK\6\7" and blob[wide : wide + 4] == b"PK\6\6":
+        count, at = number(wide + 32, 8), number(wide + 48, 8)
+    for _ in range(count):
+        assert blob[at : at + 4] == b"PK\1\2"
+        method, size, begin = number(at + 10, 2), number(at + 20, 4), number(at + 42, 4)
+        after = at + 46 + number(at + 28, 2)
+        name = blob[at + 46 : after].decode("latin-1").partition("/")[2]
+        begin += 30 + number(begin + 26, 2) + number(begin + 28, 2)
+        data = blob[begin : begin + size]
+        assert method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and len(data) == size and name not in found
+        found[name] = zlib.decompress(data, -15) if method == zipfile.ZIP_DEFLATED else data
+        at = after + number(at + 30, 2) + number(at + 32, 2)
+    return found
+
+
 def tensor(blob: bytes) -> tuple[str, np.ndarray]:
-    """dtype and elements (as unsigned integers of its width) of what torch.save wrote of one tensor. zipfile's crc32 is not looked at."""
-    archive = zipfile.ZipFile(io.BytesIO(blob))
-    members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-
-    def content(name: str) -> bytes:
-        info = members[name]
-        fixed = blob[info.header_offset : info.header_offset + 30]
-        begin = info.header_offset + 30 + int.from_bytes(fixed[26:28], "little") + int.from_bytes(fixed[28:30], "little")
-        data = blob[begin : begin + info.compress_size]
-        return zlib.decompress(data, -15) if info.compress_type == zipfile.ZIP_DEFLATED else data
-
-    (key, dtype, length), offset, size, stride = _Tensors(io.BytesIO(content("data.pkl"))).load()
-    order = content("byteorder").decode() if "byteorder" in members else "little"
+    """dtype and elements (as unsigned integers of its width) of what torch.save wrote of one tensor."""
+    there = members(blob)
+    (key, dtype, length), offset, size, stride = _Tensors(io.BytesIO(b"\x80\2" + there["data.pkl"][2:])).load()
+    order = there.get("byteorder", b"little").decode()
     width = _WIDTHS[dtype]
-    storage = np.frombuffer(content(f"data/{key}"), f"{'>' if order == 'big' else '<'}u{width}").astype(f"<u{width}")
+    storage = np.frombuffer(there[f"data/{key}"], f"{'>' if order == 'big' else '<'}u{width}").astype(f"<u{width}")
     assert len(storage) == length and len(size) == len(stride) and offset >= 0 and all(n >= 0 for n in (*size, *stride))
     assert not math.prod(size) or offset + sum((n - 1) * step for n, step in zip(size, stride)) < len(storage)
     if not math.prod(size):
