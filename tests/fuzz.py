@@ -21,9 +21,10 @@ Seven kinds of input, each made from good ones by `random.Random(f"{seed} {kind}
     adapters      adapter_config.json and the weights of an adapter, changed likewise. Loaded: rank and scale are those of the config, which
                   asks for nothing that is not computed, and every parameter equals the bytes that the file has for it.
     checkpoints   of one rank and of two, one file of the newest changed and sealed again with a right size, crc32 and manifest, as whoever
-                  knows the format would: metadata, tensors, random state, state.json, manifest; a folder of another step; a pipe, a
-                  link. Read by the calls of a run. Loaded, that one or, where the reason is said, the one before it: every element of
-                  every tensor (NaN before), the state and the random state are what an independent parse finds; no code of it ran.
+                  knows the format would: metadata, tensors, random state, state.json, manifest; a folder of another step; pipes and
+                  links, beside it too. Read by the calls of a run. Loaded, that one or, where the reason is said, the one before it: every
+                  element of every tensor (NaN before), the state and the random state are what an independent parse finds, no code ran,
+                  and outside of the run's folder all is as before.
 
 Cases run in a child process that may have `MEMORY` more address space than it starts with (templates, `TEMPLATES_MEMORY`). This process
 watches it: a case that takes longer than `LIMIT_S` is a hang, a child that dies is a crash; either way the next child goes on with the
@@ -978,6 +979,25 @@ def hostile(rng: random.Random, path: Path, marker: Path) -> Path:
     return path
 
 
+def beside(rng: random.Random, run: Path, marker: Path) -> None:
+    """What else may lie in a run's folder: links, pipes and folders in the place of its own files."""
+    place = run / "checkpoints"
+    outside = run.parent / "outside"
+    outside.mkdir()
+    (outside / "kept").write_text("x")
+    name = rng.choice(
+        (".lock", "latest", "superseded_1", "step_2.pin", ".tmp-3-x", ".trash-x", "step_9", "step_99999999999999999999", "step_x")
+    )
+    (place / name).unlink(missing_ok=True)
+    kind = rng.randrange(4)
+    if kind == 0:
+        os.mkfifo(place / name)
+    elif kind == 1:
+        (place / name).mkdir()
+    else:
+        (place / name).symlink_to(rng.choice((marker, outside, outside / "kept", "step_1", name)))
+
+
 def state_said(path: Path, step: int) -> dict:
     """What a run is to begin with: an independent account of `Found.state_like`."""
 
@@ -1076,12 +1096,16 @@ def checkpoints(folder: Path) -> Case:
             shutil.rmtree(run / "checkpoints/step_1")
         changed = hostile(rng, changed, marker)
         begun = rng.random() < 0.3
+        if rng.random() < 0.1:
+            beside(rng, run, marker)
         try:
             found, state, states = load(run if not begun or rng.random() < 0.5 else here / "other", str(changed) if begun else "auto", said)
         finally:
             if marker.exists():
                 marker.unlink()
-                raise Wrong("code of the file ran")
+                raise Wrong("code of the file ran, or a file outside was made")
+            if (here / "outside").exists() and [p.name for p in (here / "outside").iterdir()] != ["kept"]:
+                raise Wrong("something outside of the run's folder was changed")
         try:
             manifest = sealed_as_said(found.path, found.step, begun)
             there = resealed.said(found.path)

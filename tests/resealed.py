@@ -152,7 +152,7 @@ class Forger:
         return (self.path / place.relative_path).read_bytes()[place.offset : place.offset + place.length]
 
     def written(self) -> bytes:
-        return pickle.dumps(self.md, protocol=self.rng.choice((4, 4, 4, 4, 5, 2, 3)))
+        return pickle.dumps(self.md, protocol=self.rng.choice((*[4] * 16, 5, 5, 2, 3)))
 
     # ---- of the metadata
 

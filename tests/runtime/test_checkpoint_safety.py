@@ -25,7 +25,7 @@ from parallel.local import run
 from runtime.checkpoint import shards, store
 from runtime.checkpoint.checkpointer import Found
 from runtime.checkpoint.store import Damaged, Store
-from runtime.errors import ConfigError, ModelError
+from runtime.errors import ConfigError, ModelError, UserError
 from tests.runtime.saving import checkpointer, empty, hurt, resumed, run_folder, save
 from tools.checkpoint import main as tool
 
@@ -519,6 +519,34 @@ def test_only_regular_files_of_a_usual_size_are_opened(copy, name, kind):
     elif name == "state.json":
         with pytest.raises(ModelError, match=r"state\.json: is not one of ours: (not a regular file|has 1\.0 TiB)"):
             _ = found.state
+
+
+def test_what_lies_beside_checkpoints_leads_nowhere(copy):
+    """A pipe, links and a folder where a dead run leaves half of one: removed without waiting, and not what a link leads to."""
+    folder, outside = copy / "checkpoints", copy / "outside"
+    outside.mkdir()
+    (outside / "kept").touch()
+    os.mkfifo(folder / ".tmp-4-pipe")
+    (folder / ".tmp-4-link").symlink_to(outside)
+    (folder / ".trash-step_1-nowhere").symlink_to("nowhere")
+    (folder / ".trash-step_1-folder").mkdir()
+    os.mkfifo(folder / ".trash-step_1-folder/pipe")
+    begun = time.monotonic()
+    Store(copy).sweep()
+    assert time.monotonic() - begun < 5 and [p.name for p in folder.iterdir() if p.name.startswith((".tmp", ".trash"))] == []
+    assert (outside / "kept").exists()
+
+
+@pytest.mark.parametrize("where", ["made", "there"])
+def test_a_lock_that_is_a_link_is_refused(copy, where):
+    lock = copy / "checkpoints/.lock"
+    lock.unlink(missing_ok=True)
+    lock.symlink_to(copy / where)
+    if where == "there":
+        (copy / where).touch()
+    with pytest.raises(UserError, match=r"checkpoints/\.lock: is a link, and not one of ours; remove it"):
+        Store(copy).claim()
+    assert not (copy / "made").exists()
 
 
 @pytest.mark.parametrize("damage", ["absent", "garbage", "pipe"])
