@@ -245,9 +245,8 @@ class Forger:
             if isinstance(holder, dict):
                 holder[self.rng.choice((self.name, "x", self.key, 3)) if self.rng.random() < 0.7 else value] = value
             else:
-                field = self.rng.choice(
-                    [*(name for name in vars(holder) if name != "memory_format"), "x"]
-                )  # torch writes that one as a number
+                fields = [name for name in vars(holder) if name != "memory_format"]  # torch writes that one as a number
+                field = self.rng.choice([*fields, "x"])
                 object.__setattr__(holder, field, value)
         except TypeError:  # no key
             self.md = value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests import fuzz
@@ -16,6 +18,21 @@ def test_a_slice(kind):
     assert counts["loaded"] + counts["refused"] == counts["cases"] == SLICES[kind]
     assert counts["loaded"] > 3 and counts["refused"] > SLICES[kind] / 3  # both happen
     assert counts["peak_mib"] < fuzz.MEMORY >> 20
+
+
+def test_the_counts_in_the_docs_are_those_of_the_files():
+    results = fuzz.ROOT / "benchmarks" / "results"
+    found = json.loads((results / "fuzz.json").read_text(encoding="utf-8"))["kinds"]
+    rows = [line for line in (fuzz.ROOT / "SECURITY.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    assert found.keys() <= fuzz.KINDS.keys()
+    for kind, counts in found.items():
+        assert not any(counts[bad] for bad in fuzz.BAD), kind
+        numbers = f" | {counts['cases']:,} | {counts['loaded']:,} | {counts['refused']:,} |"
+        assert sum(line.endswith(numbers) for line in rows) == 1, kind
+    typos = json.loads((results / "typos.json").read_text(encoding="utf-8"))
+    text = (fuzz.ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
+    assert typos["accepted"] == 0
+    assert f"of {typos['typos']:,} such typos of the {typos['keys']} keys none was accepted,\nand {typos['right']:,} got the right" in text
 
 
 def test_what_goes_wrong_is_counted(monkeypatch, tmp_path):
