@@ -872,6 +872,7 @@ OF_MANIFESTS = {
     "written": ["now", "", "\x1b[31m", "x" * 99, None, 3],
     "origin": [None, {}, {"path": "/etc", "step": 1, "id": "x"}, {"path": "\x1b", "step": -1, "id": 3}, [], {"path": ["x"]}],
     "healthy": [True, False, None, 0, "yes", []],
+    "eval_loss": [0.5, -0.0, 1, True, None, "0.5", math.nan, math.inf, [0.5], {}],
     "layout": [{"world": 1}, {"world": 2}, {"world": 1.0}, {"world": True}, {"world": 0}, {}, {"world": 1, "shard": [1]}, None],
     "versions": [{}, None, {"torch": "\x1b[31m"}, 3],
     "identity": [THE_RUN, {}, {"model": "aa"}, {"\x1b\n": 1}, {"a": [[[]]]}, THE_RUN | {"data": "cc"}, {"model": {"": {"": 1}}}, None],
@@ -1035,6 +1036,8 @@ def sealed_as_said(path: Path, step: int, begun: bool) -> dict:
         file = path / name
         assert file.parent == path and file.is_file() and not file.is_symlink(), f"{name} is no file of this folder"
         assert resealed.record(file) == {key: entry[key] for key in ("size", "crc32")}, f"{name} was changed"
+    loss = manifest.get("eval_loss")
+    assert loss is None or (type(loss) is float and abs(loss) < math.inf)
     assert manifest["identity"] == THE_RUN, "the checkpoint is of another run"
     kept = {key: manifest["config"][key] for key in SETTINGS if not key.startswith(("log", "model.path"))}
     assert kept == {key: SETTINGS[key] for key in kept}, "the checkpoint has other settings"
