@@ -454,8 +454,10 @@ class _Names(pickle.Unpickler):
         raise AssertionError(f"{module}.{name}")
 
 
-class _Tensors(pickle.Unpickler):
-    """One tensor of torch.save: (storage, offset, size, stride), the storage as its members' name, its dtype and its length."""
+class _Tensors(pickle._Unpickler):
+    """One tensor of torch.save: (storage, offset, size, stride), the storage as its members' name, its dtype and its length.
+
+    Python's own unpickler, as torch's is: a place in the memo far out makes no table."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
