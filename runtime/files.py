@@ -111,12 +111,6 @@ def read_json(path: Path) -> dict:
     Raises:
         ModelError: it is not one.
     """
-
-    def once(pairs: list[tuple[str, object]]) -> dict:
-        if len(found := dict(pairs)) < len(pairs):
-            raise ValueError("a key is repeated")
-        return found
-
     try:
         values = json.loads(read(path, MAX_JSON).decode(), object_pairs_hook=once)
     except (ValueError, RecursionError) as e:
@@ -124,6 +118,13 @@ def read_json(path: Path) -> dict:
     if not isinstance(values, dict):
         raise ModelError("must hold a JSON object", path)
     return values
+
+
+def once(pairs: list[tuple[str, object]]) -> dict:
+    """For `json.loads(..., object_pairs_hook=once)`: which of two values a repeated key has is for nobody to guess."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key is repeated")
+    return found
 
 
 def is_text(value: object) -> bool:

@@ -1,9 +1,9 @@
 """Damaged and hostile inputs: each is loaded as what it says, or refused in one line; nothing crashes, hangs or fills the memory.
 
     python -m tests.fuzz --configs 10000 --data 5000 --safetensors 10000 --templates 500 --tokenizers 10000 --adapters 10000
-        [--seed 0] [--out FILE]
+        --checkpoints 10000 [--seed 0] [--out FILE]
 
-Six kinds of input, each made from good ones by `random.Random(f"{seed} {kind} {number}")`, so that any single case can be made again
+Seven kinds of input, each made from good ones by `random.Random(f"{seed} {kind} {number}")`, so that any single case can be made again
 (`--first NUMBER`):
 
     configs       TOML of runs: values, keys, tables, lines and characters changed, overrides added. Checked as far as before a run's ranks
@@ -20,11 +20,18 @@ Six kinds of input, each made from good ones by `random.Random(f"{seed} {kind} {
                   only tokenizer.json changed, texts become what the library alone makes of them.
     adapters      adapter_config.json and the weights of an adapter, changed likewise. Loaded: rank and scale are those of the config, which
                   asks for nothing that is not computed, and every parameter equals the bytes that the file has for it.
+    checkpoints   of one rank and of two, one file of the newest changed and sealed again with a right size, crc32 and manifest, as whoever
+                  knows the format would: metadata, tensors, random state, state.json, manifest; a folder of another step; pipes and
+                  links, beside it too. Read by the calls of a run. Loaded, that one or, where the reason is said, the one before it: every
+                  element of every tensor (NaN before), the state and the random state are what an independent parse finds, no code ran,
+                  and outside of the run's folder all is as before.
 
 Cases run in a child process that may have `MEMORY` more address space than it starts with (templates, `TEMPLATES_MEMORY`). This process
 watches it: a case that takes longer than `LIMIT_S` is a hang, a child that dies is a crash; either way the next child goes on with the
 next case. A case that raises anything but UserError, or one of more than a line, is a traceback. One that loads as something else is a
 wrong load.
+
+`--out` replaces the kinds that were run in a file that may hold others; each says what made it, when and of which commit.
 """
 
 from __future__ import annotations
@@ -43,17 +50,22 @@ import resource
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 import tomllib
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer as Pipeline
+from torch.distributed.tensor import DTensor
 
 from data import formats
 from data import prepare as preparing
@@ -71,13 +83,17 @@ from model.tensor_folder import fingerprint
 from model.transforms.lora import is_adapter
 from model.weights import NameMap
 from parallel.apply import check
+from parallel.local import run as on_ranks
 from parallel.mesh import sizes
+from runtime.checkpoint import Checkpointer
 from runtime.config import flatten, load, to_toml
-from runtime.errors import UserError
-from tests import tiny
+from runtime.errors import ModelError, UserError
+from runtime.sections import CheckpointConfig
+from tests import resealed, tiny
 from tests.data import making
 from tests.model.folders import prepared, train_a_little, write_model
-from train import RunConfig
+from tests.runtime.saving import spread
+from train import DRIFT, RunConfig, restore_random
 
 LIMIT_S = 5.0  # of processor time
 ASLEEP_S = 60.0  # of the clock, for what waits instead
@@ -828,6 +844,301 @@ def adapters(folder: Path) -> Case:
     return case
 
 
+# ------------------------------------------------------------------------------------------------------------- checkpoints
+
+SHAPES = {
+    "model.a.weight": ((7, 6), torch.float32),
+    "optim.a.weight.exp_avg": ((7, 6), torch.float32),
+    "model.norm.weight": ((3,), torch.bfloat16),
+    "model.experts": ((4, 3, 2), torch.float16),
+    "optim.packed": ((5, 4), torch.uint8),
+    "optim.rows": ((2,), torch.int64),
+    "optim.count": ((), torch.float32),
+}
+FRESH = {"step": 0, "tokens": 0, "packs_per_step": 4, "evaluate": False}
+FRESH |= {"early": {"best": None, "bad": 0}, "guard": {"in_a_row": 0, "total": 0}}
+FRESH |= {"meters": {"loss": 0.0, "units": 0, "tokens": 0, "seconds": 0.0}}
+THE_RUN = {"model": "aa", "data": "bb", "optimizer": {"kind": "cc"}}
+SETTINGS = {"optim.lr": 0.1, "log.every": 1, "model.path": "m", "train.accumulate": 2, "data.sources": [{"path": "x"}]}
+COUNTS = [0, 1, 2, -1, 2.0, 1e300, -0.0, True, None, "2", math.nan, math.inf, 1 << 53, (1 << 53) + 1, 1 << 63, 10**400, [], {}]
+OF_STATES = dict.fromkeys(("step", "tokens", "packs_per_step", "evaluate", "x", "\x1b[31m"), COUNTS) | {
+    "early": [{"best": n} for n in COUNTS] + [{"bad": n} for n in COUNTS] + [None, [], {"worst": 1}],
+    "guard": [{"total": n} for n in COUNTS] + [{}, {"in_a_row": {"a": 1}}],
+    "meters": [{name: n} for name in ("loss", "units", "tokens", "seconds") for n in COUNTS],
+}
+OF_MANIFESTS = {
+    "format": [1, 1.0, True, 2, "1", None, [[]]],
+    "step": COUNTS,
+    "written": ["now", "", "\x1b[31m", "x" * 99, None, 3],
+    "origin": [None, {}, {"path": "/etc", "step": 1, "id": "x"}, {"path": "\x1b", "step": -1, "id": 3}, [], {"path": ["x"]}],
+    "healthy": [True, False, None, 0, "yes", []],
+    "eval_loss": [0.5, -0.0, 1, True, None, "0.5", math.nan, math.inf, [0.5], {}],
+    "layout": [{"world": 1}, {"world": 2}, {"world": 1.0}, {"world": True}, {"world": 0}, {}, {"world": 1, "shard": [1]}, None],
+    "versions": [{}, None, {"torch": "\x1b[31m"}, 3],
+    "identity": [THE_RUN, {}, {"model": "aa"}, {"\x1b\n": 1}, {"a": [[[]]]}, THE_RUN | {"data": "cc"}, {"model": {"": {"": 1}}}, None],
+    "config": [SETTINGS | {key: value} for key in (*SETTINGS, "x", "\x1b\n") for value in (0.1, 2, "\x1b[31m", [[]], {}, math.nan)] + [[]],
+    "files": [{}, None, []],
+    "id": [3, {"a": 1}],
+    "crc32": [None, 3, "00000000"],
+}
+OF_RECORDS = {"size": COUNTS, "crc32": ["00000000", "0", None, 3, "\x1b", "FFFFFFFF"]}
+MORE_FILES = ["../x", "/etc/passwd", "", ".", "..", "a/b", "a\\b", "x\0", "\x1b[31m", "x" * 300, resealed.MANIFEST, "absent", "pipe"]
+
+
+def as_integers(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    views = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return {name: t.view(views[t.element_size()]).numpy().view(f"<u{t.element_size()}") for name, t in tensors.items()}
+
+
+def once(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    assert len(found) == len(pairs), "a key is there twice"
+    return found
+
+
+def changed_manifest(rng: random.Random, path: Path) -> None:
+    manifest = json.loads((path / resealed.MANIFEST).read_bytes())
+    del manifest["crc32"]
+    kind = rng.randrange(8)
+    if kind == 0:
+        files = manifest["files"]
+        name = rng.choice(list(files))
+        how = rng.randrange(4)
+        if how == 0:
+            del files[name]
+        elif how == 1:
+            more = rng.choice(MORE_FILES)
+            files[more] = files[name]
+            if more == "pipe":
+                os.mkfifo(path / more)
+        elif how == 2:
+            files[name] = files[name] | {(key := rng.choice(list(OF_RECORDS))): rng.choice(OF_RECORDS[key])}
+        else:
+            files[name] = rng.choice(JUNK)
+    elif kind == 1:
+        del manifest[rng.choice(list(manifest))]
+    elif kind == 2:  # keys of another depth
+        deep: object = 1
+        for _ in range(rng.choice((5, 23, 24, 30, 900))):
+            deep = {"a": deep} if rng.random() < 0.5 else [deep]
+        manifest[rng.choice(list(manifest))] = deep
+    body = json.dumps(manifest).encode()
+    if kind > 2:
+        body = damaged_json(rng, body, OF_MANIFESTS)
+    resealed.seal(path, body)
+    if rng.random() < 0.05:
+        whole = (path / resealed.MANIFEST).read_bytes()
+        at = rng.randrange(30)
+        (path / resealed.MANIFEST).write_bytes(whole[:at] + rng.choice(PIECES) + whole[at:])
+
+
+def hostile(rng: random.Random, path: Path, marker: Path) -> Path:
+    """Changes one thing of a checkpoint, and seals it again. Returns where it lies afterwards."""
+    kind = rng.randrange(20)
+    files = sorted(file.name for file in path.iterdir())
+    if kind < 7:
+        resealed.damage_metadata(rng, path, marker)
+    elif kind < 12:
+        resealed.damage_tensors(rng, path, marker)
+    elif kind == 12:
+        name = rng.choice([name for name in files if name.startswith("rng_")])
+        how = rng.randrange(6)
+        if how == 0:
+            manifest = json.loads((path / resealed.MANIFEST).read_bytes())
+            del manifest["files"][name]
+            (path / name).unlink()
+            resealed.seal(path, manifest)
+        elif how == 1:
+            with open(path / name, "r+b") as file:
+                file.truncate(17 << 20)
+        elif how == 2:
+            (path / name).write_bytes(resealed.saved(resealed.junk(rng, marker)) if rng.random() < 0.5 else b"")
+        else:
+            (path / name).write_bytes(damaged_weights(rng, (path / name).read_bytes()))
+    elif kind < 15:
+        data = damaged_json(rng, (path / "state.json").read_bytes(), OF_STATES)
+        (path / "state.json").write_bytes(data + b" " * (1 << 20) if rng.random() < 0.05 else data)
+    elif kind == 15:
+        misplaced(rng, path / rng.choice(files))
+    elif kind == 16:  # of another step, and of one mind about it or not
+        n, rest = rng.choice(((3, 0), (3, 1), (3, 2), (0, 2), (1 << 63, 2), (1 << 62, 2), (10**200, 2))), path
+        step, depth = n
+        path = path.with_name(f"step_{step}")
+        rest.rename(path)
+        if depth:
+            manifest = json.loads((path / resealed.MANIFEST).read_bytes()) | {"step": step}
+            resealed.seal(path, manifest)
+        if depth == 2:
+            (path / "state.json").write_text(json.dumps(json.loads((path / "state.json").read_text()) | {"step": step}))
+    elif kind == 17 and rng.random() < 0.3:
+        (path / "resolved.toml").write_bytes(rng.choice(PIECES) * rng.randrange(3))
+    else:
+        changed_manifest(rng, path)
+        return path
+    if (path / resealed.MANIFEST).is_file() and not (path / resealed.MANIFEST).is_symlink():
+        resealed.reseal(path)
+    return path
+
+
+def beside(rng: random.Random, run: Path, marker: Path) -> None:
+    """What else may lie in a run's folder: links, pipes and folders in the place of its own files."""
+    place = run / "checkpoints"
+    outside = run.parent / "outside"
+    outside.mkdir()
+    (outside / "kept").write_text("x")
+    name = rng.choice(
+        (".lock", "latest", "superseded_1", "step_2.pin", ".tmp-3-x", ".trash-x", "step_9", "step_99999999999999999999", "step_x")
+    )
+    (place / name).unlink(missing_ok=True)
+    kind = rng.randrange(4)
+    if kind == 0:
+        os.mkfifo(place / name)
+    elif kind == 1:
+        (place / name).mkdir()
+    else:
+        (place / name).symlink_to(rng.choice((marker, outside, outside / "kept", "step_1", name)))
+
+
+def state_said(path: Path, step: int) -> dict:
+    """What a run is to begin with: an independent account of `Found.state_like`."""
+
+    def over(fresh: dict, given: dict, within: str) -> dict:
+        for key, value in given.items():
+            like = fresh[key]
+            if isinstance(like, dict):
+                assert type(value) is dict
+                value = over(like, value, key)
+            elif type(like) is bool:
+                assert type(value) is bool
+            elif type(like) is int:
+                assert type(value) is int and (1 <= value <= 10**6 if key == "packs_per_step" else 0 <= value <= 1 << 53)
+            elif (within, key) in (("early", "best"), ("meters", "loss")):
+                assert type(value) is float or (type(value) is int and abs(value) <= 1 << 53) or (value is None and key == "best")
+            else:
+                assert (within, key) == ("meters", "seconds") and type(value) in (int, float) and abs(value) < math.inf
+                assert value >= 0 or type(value) is int
+            fresh = fresh | {key: value}
+        return fresh
+
+    found = over(FRESH, json.loads((path / "state.json").read_bytes().decode(), object_pairs_hook=once), "")
+    assert found["step"] == step
+    return found
+
+
+def sealed_as_said(path: Path, step: int, begun: bool) -> dict:
+    """The manifest, which is of this folder and these files."""
+    whole = (path / resealed.MANIFEST).read_bytes()
+    first, _, body = whole.partition(b"\n")
+    manifest = json.loads(whole, object_pairs_hook=once)
+    assert first == f'{{"crc32": "{zlib.crc32(body):08x}",'.encode() and manifest["format"] == 1
+    assert step == manifest["step"] and (begun or path.name == f"step_{step}")
+    for name, entry in manifest["files"].items():
+        file = path / name
+        assert file.parent == path and file.is_file() and not file.is_symlink(), f"{name} is no file of this folder"
+        assert resealed.record(file) == {key: entry[key] for key in ("size", "crc32")}, f"{name} was changed"
+    loss = manifest.get("eval_loss")
+    assert loss is None or (type(loss) is float and abs(loss) < math.inf)
+    assert manifest["identity"] == THE_RUN, "the checkpoint is of another run"
+    kept = {key: manifest["config"][key] for key in SETTINGS if not key.startswith(("log", "model.path"))}
+    assert kept == {key: SETTINGS[key] for key in kept}, "the checkpoint has other settings"
+    return manifest
+
+
+def checkpoints(folder: Path) -> Case:
+    shutil.rmtree(folder / "case", ignore_errors=True)
+
+    def tensors(step: int) -> dict[str, torch.Tensor]:
+        dice = torch.Generator().manual_seed(step)
+        return {name: (torch.rand(shape, generator=dice) * 200).to(dtype) for name, (shape, dtype) in SHAPES.items()}
+
+    def checkpointer(run: Path, said: list[str]) -> Checkpointer:
+        return Checkpointer(run, CheckpointConfig(), THE_RUN, "x = 1\n", SETTINGS, rules=DRIFT, say=said.append)
+
+    def make(rank: int, world: int) -> None:
+        ckpt = checkpointer(folder / f"good{world}", [])
+        for step in (1, 2):
+            torch.manual_seed(step)
+            state = FRESH | {"step": step, "tokens": 100 * step, "meters": {"loss": 0.5, "units": 3, "tokens": 9, "seconds": 0.25}}
+            ckpt.save(step, spread(tensors(step), "one" if world == 1 else "fsdp2"), state, {"cpu": torch.get_rng_state()})
+
+    originals = {step: as_integers(tensors(step)) for step in (1, 2)}
+    for world in (1, 2):
+        on_ranks(make, world)
+        for step, wanted in originals.items():  # so the other reader reads what is there
+            got = resealed.said(folder / f"good{world}/checkpoints/step_{step}")
+            assert got.keys() == wanted.keys() and all(np.array_equal(got[name], wanted[name]) for name in wanted)
+    marker, into, local = folder / "ran", {}, {}
+
+    def load(run: Path, policy: str, said: list[str]) -> tuple:
+        """As train.py does."""
+        ckpt = checkpointer(run, said)
+        try:
+            found = ckpt.find(policy)
+            if found is None:
+                raise Wrong("a run begins anew where there are checkpoints")
+            state = found.state_like(FRESH)
+            for t in local.values():
+                t.fill_(math.nan if t.is_floating_point() else 99)
+            ckpt.load(found, into)
+            states = ckpt.rng(found)
+            restore_random(states, found.path)
+        finally:
+            ckpt.store.release()
+            dist.destroy_process_group(ckpt.team.group)
+        return found, state, states
+
+    def case(rng: random.Random, here: Path) -> None:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            into.update(spread(tensors(0), "one"))
+            local.update({name: t.to_local() if isinstance(t, DTensor) else t for name, t in into.items()})  # the same memory
+        run, said = here / "run", []
+        shutil.copytree(folder / f"good{rng.choice((1, 1, 2))}", run)
+        changed = run / "checkpoints/step_2"
+        if rng.random() < 0.5:
+            shutil.rmtree(run / "checkpoints/step_1")
+        changed = hostile(rng, changed, marker)
+        begun = rng.random() < 0.3
+        if rng.random() < 0.1:
+            beside(rng, run, marker)
+        try:
+            found, state, states = load(run if not begun or rng.random() < 0.5 else here / "other", str(changed) if begun else "auto", said)
+        finally:
+            if marker.exists():
+                marker.unlink()
+                raise Wrong("code of the file ran, or a file outside was made")
+            if (here / "outside").exists() and [p.name for p in (here / "outside").iterdir()] != ["kept"]:
+                raise Wrong("something outside of the run's folder was changed")
+        try:
+            manifest = sealed_as_said(found.path, found.step, begun)
+            there = resealed.said(found.path)
+            assert there.keys() == into.keys(), "other names"
+            got = as_integers(local)
+            for name in into:
+                assert np.array_equal(got[name], there[name]), f"{name} is not what the files hold"
+            wanted = state_said(found.path, found.step)
+            assert repr(state) == repr(wanted), f"{state} instead of {wanted}"
+            assert (states is None) == (manifest["layout"] != {"world": 1})
+            if states is not None:
+                assert_random(states, found.path / "rng_0.safetensors")
+        except Exception as error:
+            raise Wrong(f"{found.path.name} of {said}: {type(error).__name__}: {error}") from error
+        if found.path.name != changed.name and found.step < int(changed.name.removeprefix("step_")):
+            (reason,) = [text for text in said if text.startswith(f"skipped {changed.resolve()}: ")]
+            raise ModelError(reason)  # a refusal, and what was loaded instead is right
+
+    return case
+
+
+def assert_random(states: dict[str, torch.Tensor], path: Path) -> None:
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    assert {*states} == {*header} - {"__metadata__"}
+    begin, end = header["cpu"]["data_offsets"]
+    assert states["cpu"].numpy().tobytes() == torch.get_rng_state().numpy().tobytes() == whole[8 + size + begin : 8 + size + end]
+
+
 # ---------------------------------------------------------------------------------------------------------------- campaign
 
 KINDS: dict[str, Callable[[Path], Case]] = {
@@ -837,21 +1148,23 @@ KINDS: dict[str, Callable[[Path], Case]] = {
     "templates": templates,
     "tokenizers": tokenizers,
     "adapters": adapters,
+    "checkpoints": checkpoints,
 }
 BAD = ("tracebacks", "wrong_loads", "hangs", "crashes")
-_STATE = struct.Struct("@qddqqqq")  # the case, when it began by the clock and by processor time; loaded, refused, tracebacks, wrong
+# the case, when it began by the clock and by processor time; the longest that one took and which; loaded, refused, tracebacks, wrong
+_STATE = struct.Struct("@qdddqqqqq")
 
 
 def campaign(kind: str, count: int, seed: int = 0, first: int = 0, log: Callable[[str], None] = print) -> dict[str, object]:
     """Runs `count` cases of a kind; returns the counts. What went wrong is said, with the number of its case."""
     state, begun = mmap.mmap(-1, _STATE.size), time.monotonic()
     counts = dict.fromkeys(("loaded", "refused", *BAD), 0)
-    peak = 0.0
+    peak, slowest = 0.0, (0.0, first)
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         case = KINDS[kind](Path(folder))
         number, last = first, first + count
         while number < last:
-            _STATE.pack_into(state, 0, number, time.monotonic(), 0.0, 0, 0, 0, 0)
+            _STATE.pack_into(state, 0, number, time.monotonic(), 0.0, 0.0, number, 0, 0, 0, 0)
             sys.stdout.flush()
             pid = os.fork()
             if pid == 0:
@@ -867,16 +1180,19 @@ def campaign(kind: str, count: int, seed: int = 0, first: int = 0, log: Callable
                 done, code, usage = os.wait4(pid, 0 if looks == 2 else os.WNOHANG)
                 if done:
                     status = os.waitstatus_to_exitcode(code)
-            number, _, _, *some = _STATE.unpack_from(state)
-            for name, n in zip(("loaded", "refused", "tracebacks", "wrong_loads"), some):
+            number, _, _, *longest, loaded, refused, broken, wrong = _STATE.unpack_from(state)
+            slowest = max(slowest, tuple(longest))
+            for name, n in zip(("loaded", "refused", "tracebacks", "wrong_loads"), (loaded, refused, broken, wrong)):
                 counts[name] += n
             peak = max(peak, usage.ru_maxrss / 1024)
             if number < last:  # it did not come to its end
                 counts["hangs" if looks == 2 else "crashes"] += 1
+                slowest = max(slowest, (LIMIT_S if looks == 2 else 0.0, number))
                 what = f"works for more than {LIMIT_S:g} s" if looks == 2 else f"the process ended with {status}"
                 log(f"{kind} {number}: {what}")
                 number += 1
-    return {"cases": count, **counts, "peak_mib": round(peak), "seconds": round(time.monotonic() - begun, 1)}
+    spent = {"slowest_s": round(slowest[0], 2), "slowest_case": slowest[1], "seconds": round(time.monotonic() - begun, 1)}
+    return {"cases": count, **counts, "peak_mib": round(peak), **spent}
 
 
 def _processor_s(pid: int) -> float:
@@ -892,9 +1208,10 @@ def _child(kind: str, case: Case, number: int, last: int, seed: int, folder: Pat
     limit = used + (TEMPLATES_MEMORY if kind == "templates" else MEMORY)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     loaded = refused = broken = wrong = 0
-    here = folder / "case"
+    here, slowest = folder / "case", (0.0, number)
     for number in range(number, last):  # noqa: B020
-        _STATE.pack_into(state, 0, number, time.monotonic(), time.process_time(), loaded, refused, broken, wrong)
+        worked = time.process_time()
+        _STATE.pack_into(state, 0, number, time.monotonic(), worked, *slowest, loaded, refused, broken, wrong)
         shutil.rmtree(here, ignore_errors=True)
         here.mkdir()
         try:
@@ -914,7 +1231,8 @@ def _child(kind: str, case: Case, number: int, last: int, seed: int, folder: Pat
         except BaseException:
             broken += 1
             log(f"{kind} {number}: {traceback.format_exc()}")
-    _STATE.pack_into(state, 0, last, time.monotonic(), time.process_time(), loaded, refused, broken, wrong)
+        slowest = max(slowest, (time.process_time() - worked, number))
+    _STATE.pack_into(state, 0, last, time.monotonic(), time.process_time(), *slowest, loaded, refused, broken, wrong)
     sys.stdout.flush()
     os._exit(0)
 
@@ -928,15 +1246,30 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="a JSON file for the counts")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    wanted = {kind: getattr(args, kind) for kind in KINDS if getattr(args, kind)}
-    about = {"command": "python -m tests.fuzz " + " ".join(f"--{kind} {n}" for kind, n in wanted.items()), "date": date.today().isoformat()}
-    about |= {"machine": f"{os.cpu_count()} CPU cores", "torch": torch.__version__, "python": platform.python_version(), "seed": args.seed}
-    found = {kind: campaign(kind, n, args.seed, args.first) for kind, n in wanted.items()}
-    for kind, counts in found.items():
+    wanted, bad = {kind: getattr(args, kind) for kind in KINDS if getattr(args, kind)}, 0
+    for kind, count in wanted.items():
+        about = {"command": f"python -m tests.fuzz --{kind} {count}", "seed": args.seed, "first": args.first, **made()}
+        counts = campaign(kind, count, args.seed, args.first)
         print(f"{kind}: {counts}")
-    if args.out:
-        args.out.write_text(json.dumps(about | {"limit_s": LIMIT_S, "memory_mib": MEMORY >> 20, "kinds": found}, indent=1) + "\n")
-    return 1 if any(counts[bad] for counts in found.values() for bad in BAD) else 0
+        bad += sum(counts[name] for name in BAD)
+        if args.out:
+            found = json.loads(args.out.read_text()) if args.out.exists() else {"kinds": {}}
+            memory = (TEMPLATES_MEMORY if kind == "templates" else MEMORY) >> 20
+            found["kinds"][kind] = about | {"limit_s": LIMIT_S, "memory_mib": memory, **counts}
+            args.out.write_text(json.dumps(found, indent=1) + "\n")
+    return 1 if bad else 0
+
+
+def made() -> dict[str, str]:
+    """When, of which commit and with which versions a result is made."""
+
+    def git(*what: str) -> str:
+        return subprocess.run(["git", *what], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    changes = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    about = {"date": date.today().isoformat(), "commit": git("rev-parse", "HEAD") + changes}
+    return about | {"machine": f"{os.cpu_count()} CPU cores"} | versions
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from runtime.checkpoint import drift, shards, store
 from runtime.checkpoint.store import Damaged, Say, Store, size_text
 from runtime.checkpoint.team import RankFailed, Team
 from runtime.errors import ConfigError, ModelError, clean
+from runtime.files import once
 
 _SLACK = 16 << 20  # bytes beside the tensors: metadata, random states, the manifest
 
@@ -61,7 +62,7 @@ class Found:
         """
         path = self.path / "state.json"
         try:
-            state = json.loads(store.read_small(path, store.LIMITS[path.name]).decode("utf-8"))
+            state = json.loads(store.read_small(path, store.LIMITS[path.name]).decode("utf-8"), object_pairs_hook=once)
         except (OSError, ValueError, RecursionError) as e:
             raise ModelError(f"is not one of ours: {getattr(e, 'strerror', None) or e}", path) from None
         if not isinstance(state, dict):

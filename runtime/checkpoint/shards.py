@@ -46,6 +46,7 @@ from runtime.checkpoint import store
 from runtime.errors import ModelError, clean, shown
 
 METADATA = ".metadata"
+_ZIP = b"PK\x03\x04"
 
 
 # --------------------------------------------------------------------------------------------------------------- writing
@@ -398,7 +399,11 @@ def read(folder: Path, files: Mapping[str, dict], tensors: Mapping[str, Tensor],
 def _payload(folder: Path, place: _StorageInfo, dtype: torch.dtype, sizes: torch.Size) -> Tensor:
     """One stored chunk, which is what the metadata says that it is."""
     with open(folder / place.relative_path, "rb") as file:
-        found = torch.load(_create_file_view(file, place.offset, place.length), map_location="cpu", weights_only=True)
+        view = _create_file_view(file, place.offset, place.length)
+        if view.read(len(_ZIP)) != _ZIP:  # torch.load knows older formats as well, which no checkpoint was ever written in
+            raise Refused("it does not begin as torch.save writes it")
+        view.seek(0)
+        found = torch.load(view, map_location="cpu", weights_only=True)
     if type(found) is not Tensor or found.layout != torch.strided or found.device.type != "cpu":
         raise Refused("something else than a plain tensor is stored")
     if found.dtype != dtype or found.shape != sizes:

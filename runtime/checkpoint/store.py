@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
+from runtime.files import once
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -184,7 +185,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not seal or f"{zlib.crc32(data[seal.end() :]):08x}".encode() != seal[1]:
         raise Damaged(f"{MANIFEST} was changed (its crc32 does not match)")
     try:
-        manifest = json.loads(data)
+        manifest = json.loads(data, object_pairs_hook=once)
         if manifest["format"] != FORMAT:
             raise Damaged(f"has format {json.dumps(manifest['format'])[:20]}, but this version reads format {FORMAT}")
         for name, record in manifest["files"].items():
@@ -372,8 +373,10 @@ class Store:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            fd = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError:
+            fd = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as e:
+            if e.errno == errno.ELOOP:  # it would be made, or locked, wherever that leads
+                raise UserError(f"{self.folder / '.lock'}: is a link, and not one of ours; remove it") from None
             return
         deadline = time.monotonic() + patience_s  # the run before this one may still be dying
         while True:
@@ -530,9 +533,10 @@ def _look(folder: Path) -> list | None:
 
 def discard(path: Path) -> None:
     """Removes a file or a folder if it can; what it cannot remove now, `sweep` tries again when the next run starts."""
-    shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
+    try:
         path.unlink()
+    except OSError:  # a folder; of a pipe, rmtree would wait for whoever writes to it
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def size_text(count: int) -> str:

@@ -25,7 +25,7 @@ from parallel.local import run
 from runtime.checkpoint import shards, store
 from runtime.checkpoint.checkpointer import Found
 from runtime.checkpoint.store import Damaged, Store
-from runtime.errors import ConfigError, ModelError
+from runtime.errors import ConfigError, ModelError, UserError
 from tests.runtime.saving import checkpointer, empty, hurt, resumed, run_folder, save
 from tools.checkpoint import main as tool
 
@@ -312,18 +312,19 @@ def test_a_payload_is_what_the_metadata_says(copy):
             "sparse": torch.zeros(shape).to_sparse(),
             "meta": torch.empty(shape, device="meta"),
             "nothing": torch.zeros(0),
+            "old": torch.full(shape, 7.0),  # in the format of torch before 1.6
         }
         said = {}
         for kind, stored in [*kinds.items(), ("fits", torch.full(shape, 0.25))]:
             for file, data in honest.items():
                 file.write_bytes(data)
 
-            def put(md, stored=stored):
+            def put(md, stored=stored, zipped=kind != "old"):
                 key = next(k for k in md.storage_data if k.fqn == first and not k.offset[0])
                 file = path / md.storage_data[key].relative_path
                 before = file.stat().st_size
                 with open(file, "ab") as out:
-                    torch.save(stored, out)
+                    torch.save(stored, out, _use_new_zipfile_serialization=zipped)
                 md.storage_data[key] = _StorageInfo(file.name, before, file.stat().st_size - before)
 
             forge(path, put)
@@ -337,7 +338,8 @@ def test_a_payload_is_what_the_metadata_says(copy):
         assert tensors[first].to_local()[:4].eq(0.25).all()
         assert all("/step_3/__0_0.distcp: checkpoint data cannot be read: layers.0.weight: " in text for text in said.values())
         plain = [kind for kind, text in said.items() if "something else than a plain tensor is stored" not in text]
-        assert plain == ["float64", "shape", "rank", "nothing"]
+        assert plain == ["float64", "shape", "rank", "nothing", "old"]
+        assert said["old"].endswith("it does not begin as torch.save writes it")
         assert "torch.float64 [4, 6] is stored, but torch.float32 [4, 6] was written down" in said["float64"]
 
     run(work, 1)
@@ -478,6 +480,16 @@ def test_a_manifest_that_others_sealed(copy, capsys, change, reason):
     assert Store(copy).complete()[0].name == "step_2"
 
 
+@pytest.mark.parametrize("again", ['"step": 3', '"crc32": ["x"]', '"files": {}'])
+def test_a_manifest_with_a_key_twice(copy, again):
+    """Readers of JSON differ in which of the two counts; the second crc32 would be the checkpoint's id."""
+    path = copy / "checkpoints/step_3"
+    body = (path / store.MANIFEST).read_bytes().partition(b"\n")[2].rstrip()[:-1] + f", {again}}}".encode()
+    (path / store.MANIFEST).write_bytes(f'{{"crc32": "{store.zlib.crc32(body):08x}",\n'.encode() + body)
+    with pytest.raises(Damaged, match=r"MANIFEST\.json is not one of ours \(ValueError: a key is repeated\)"):
+        store.verify(path)
+
+
 def deep(levels: int):
     return {"a": deep(levels - 1)} if levels else 1
 
@@ -507,6 +519,34 @@ def test_only_regular_files_of_a_usual_size_are_opened(copy, name, kind):
     elif name == "state.json":
         with pytest.raises(ModelError, match=r"state\.json: is not one of ours: (not a regular file|has 1\.0 TiB)"):
             _ = found.state
+
+
+def test_what_lies_beside_checkpoints_leads_nowhere(copy):
+    """A pipe, links and a folder where a dead run leaves half of one: removed without waiting, and not what a link leads to."""
+    folder, outside = copy / "checkpoints", copy / "outside"
+    outside.mkdir()
+    (outside / "kept").touch()
+    os.mkfifo(folder / ".tmp-4-pipe")
+    (folder / ".tmp-4-link").symlink_to(outside)
+    (folder / ".trash-step_1-nowhere").symlink_to("nowhere")
+    (folder / ".trash-step_1-folder").mkdir()
+    os.mkfifo(folder / ".trash-step_1-folder/pipe")
+    begun = time.monotonic()
+    Store(copy).sweep()
+    assert time.monotonic() - begun < 5 and [p.name for p in folder.iterdir() if p.name.startswith((".tmp", ".trash"))] == []
+    assert (outside / "kept").exists()
+
+
+@pytest.mark.parametrize("where", ["made", "there"])
+def test_a_lock_that_is_a_link_is_refused(copy, where):
+    lock = copy / "checkpoints/.lock"
+    lock.unlink(missing_ok=True)
+    lock.symlink_to(copy / where)
+    if where == "there":
+        (copy / where).touch()
+    with pytest.raises(UserError, match=r"checkpoints/\.lock: is a link, and not one of ours; remove it"):
+        Store(copy).claim()
+    assert not (copy / "made").exists()
 
 
 @pytest.mark.parametrize("damage", ["absent", "garbage", "pipe"])
@@ -550,6 +590,13 @@ def test_the_reader_knows_what_honest_metadata_needs_and_no_more(honest):
     assert dtypes == {"torch.float32", "torch.bfloat16", "torch.uint8"}
     never_written = {"torch.distributed.checkpoint.metadata.BytesStorageMetadata"}  # known, to be refused by name
     assert asked - dtypes == shards.ALLOWED - never_written
+
+
+@pytest.mark.parametrize("text", ['{"step": 7, "step": 7}', '{"step": 7, "early": {"bad": 1, "bad": 2}}'])
+def test_a_state_with_a_key_twice(tmp_path, text):
+    (tmp_path / "state.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ModelError, match=r"state\.json: is not one of ours: a key is repeated"):
+        Found(tmp_path, 7, {}).state_like(FRESH)
 
 
 FRESH = {"step": 0, "evaluate": False, "packs_per_step": 4, "early": {"best": None, "bad": 0}}
