@@ -382,7 +382,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         alike(launch, "contents", lambda: contents(cfg, inputs, who), "give every node the same model folder, adapter and data")
         launch.together("shares", lambda: (check(cfg, axes, inputs.arch, cfg.lora), check_device(cfg, device)))
         peers = stack.enter_context(Peers(launch, cfg.parallel.timeout_s, log.last, lambda: remains(out)))
-        stack.enter_context(memory.explained(cfg, launch, device, axes, inputs.arch))
+        stack.enter_context(memory.explained(cfg, launch, device, axes, inputs.arch, lambda: bool(Store(out).steps())))
         launch.connect(device, cfg.parallel.timeout_s)
         mesh, stop = Mesh.build(cfg.parallel, device), Stop().install()
 
@@ -435,7 +435,8 @@ def run(cfg: RunConfig, launch: Launch) -> None:
 
         def save() -> Outcome | None:
             now = state | {"early": early.state(), "meters": meters.state(), "guard": guard.state()}
-            return ckpt.save(state["step"], kept, now, {"cpu": torch.get_rng_state()}, guard.healthy, eval_loss.get(state["step"]))
+            rng, data = {"cpu": torch.get_rng_state()}, inputs.held_out.fingerprint if inputs.held_out else ""
+            return ckpt.save(state["step"], kept, now, rng, guard.healthy, eval_loss.get(state["step"]), data)
 
         def learn(batch: Batch, units: int) -> torch.Tensor:
             loss = lm.loss(net, batch, units, cfg.objective)

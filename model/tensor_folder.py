@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from runtime.errors import ModelError, UserError, clean, shown
-from runtime.files import MAX_JSON, has, inside, open_regular, read, read_json
+from runtime.files import MAX_JSON, has, inside, open_regular, read, read_json, size_text
 
 DTYPES = {
     "F64": torch.float64,
@@ -216,7 +216,7 @@ class _Draft:
         out.parent.mkdir(parents=True, exist_ok=True)
         need, free = sum(spec.nbytes for spec in layout.values()), shutil.disk_usage(out.parent).free
         if need > free:
-            raise ModelError(f"the export needs {need / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free", out)
+            raise ModelError(f"the export needs {size_text(need)} and the disk has {size_text(free)} free", out)
         self.sums: dict[str, dict] = {}
         self.shards = _split(layout, shard_bytes)
         self.current, self.left = None, 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
 
-from model.config import KernelsConfig
+from model.config import KernelsConfig, LoraConfig
 from runtime.errors import ConfigError
 
 
@@ -174,6 +174,17 @@ class CompileConfig:
             raise ConfigError("is a mode of compile.backend='inductor'", "mode", self.mode)
 
 
+class Rows(Protocol):
+    tokens: int
+
+    @property
+    def longest(self) -> int: ...
+
+
+class Accumulates(Protocol):
+    accumulate: int
+
+
 class Sections(Protocol):
     """What `parallel/` reads of a run's config, by the names that train.py's RunConfig has."""
 
@@ -184,3 +195,6 @@ class Sections(Protocol):
     offload: OffloadConfig
     tiling: TilingConfig
     compile: CompileConfig | None
+    lora: LoraConfig | None
+    data: Rows
+    train: Accumulates

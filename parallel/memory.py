@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from model.arch import Arch
 from parallel.apply import check
+from parallel.config import Sections
 from parallel.start import Agreed, Launch
-from runtime.checkpoint.store import Store
 from runtime.errors import ConfigError
-
-if TYPE_CHECKING:
-    from model.arch import Arch
-    from train import RunConfig
 
 SUGGESTED = 3
 
@@ -30,8 +25,11 @@ class OutOfMemory(Agreed):
 
 
 @contextmanager
-def explained(cfg: RunConfig, launch: Launch, device: torch.device, axes: dict[str, int], arch: Arch) -> Iterator[None]:
-    """What runs out of memory inside ends with `OutOfMemory`. Nothing is tried again: other ranks wait in a collective by then."""
+def explained(
+    cfg: Sections, launch: Launch, device: torch.device, axes: dict[str, int], arch: Arch, saved: Callable[[], bool]
+) -> Iterator[None]:
+    """What runs out of memory inside ends with `OutOfMemory`. Nothing is tried again: other ranks wait in a collective by then.
+    saved: is there a checkpoint? Who goes on from one keeps the packs of a step."""
     try:
         yield
     except RuntimeError as error:
@@ -39,7 +37,7 @@ def explained(cfg: RunConfig, launch: Launch, device: torch.device, axes: dict[s
             raise
         asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)|you tried to allocate (\d+) bytes", str(error))
         what = f", it asked for {asked[1] or f'{int(asked[2]) / 2**30:.2f} GiB'}" if asked else ""
-        less = " or ".join(smaller(cfg, axes, arch)) or "a smaller model, or more ranks"
+        less = " or ".join(smaller(cfg, axes, arch, saved())) or "a smaller model, or more ranks"
         text = f"rank {launch.rank} is out of memory on {device}{what}{held(device)}; less is taken with {less}"
         raise OutOfMemory(f"{text} (python -m tools.plan says how much)", launch.rank) from error
 
@@ -58,17 +56,16 @@ def held(device: torch.device) -> str:
     return f" ({gib[0]} GiB are tensors, {gib[1]} cached, {gib[2]} of others, of {gib[3]})"
 
 
-def smaller(cfg: RunConfig, axes: dict[str, int], arch: Arch) -> list[str]:
+def smaller(cfg: Sections, axes: dict[str, int], arch: Arch, saved: bool) -> list[str]:
     """At most `SUGGESTED` changes that take less memory, those first that cost the least time; only what works with the rest."""
     found = []
     half, twice = cfg.data.tokens // 2, 2 * cfg.train.accumulate
-    new = not Store(Path(cfg.output.path)).steps()  # a run that goes on keeps its packs
     ways = [
         ("recompute.kind=mlp", {"recompute": {"kind": "mlp"}}, cfg.recompute.kind == "none"),
         (
             f"data.tokens={half} and train.accumulate={twice}",
             {"data": {"tokens": half}, "train": {"accumulate": twice}},
-            new and half >= cfg.data.longest,
+            not saved and half >= cfg.data.longest,
         ),
         ("recompute.kind=full", {"recompute": {"kind": "full"}}, cfg.recompute.kind in ("none", "mlp", "mlp_8bit", "selective")),
         ("offload.optimizer=true", {"offload": {"optimizer": True}}, cfg.lora is None and not cfg.offload.parameters),

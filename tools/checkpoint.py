@@ -20,8 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.checkpoint import store
-from runtime.checkpoint.store import Damaged, Store, size_text
+from runtime.checkpoint.store import Damaged, Store
 from runtime.errors import ModelError
+from runtime.files import size_text
 from tools import command
 
 
@@ -30,15 +31,13 @@ def ls(run: Store) -> int:
     for path in run.steps():
         notes = ["pinned"] * run.pinned(path) + ["latest"] * (path.name == newest)
         try:
-            if problem := run.problem(path):
-                raise Damaged(problem)
-            manifest, healthy = store.read_manifest(path), store.is_healthy(path)
+            manifest = run.manifest(path)
         except Damaged as e:  # a run that is under way may delete it between two looks
             print(f"{path.name:<16} damaged: {e}")
             continue
         if (loss := manifest.get("eval_loss")) is not None:
             notes.append(f"eval loss {loss:.4f}" + ", the lowest" * (path == best))
-        notes += ["saved between bad steps"] * (not healthy)
+        notes += ["saved between bad steps"] * (not store.is_healthy(manifest))
         size = size_text(sum(record["size"] for record in manifest["files"].values()))
         print(f"{path.name:<16} {size:>10}  {manifest['layout']['world']} ranks  {manifest['written']}  {', '.join(notes)}".rstrip())
     return 0

@@ -23,10 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from runtime.checkpoint import drift, shards, store
-from runtime.checkpoint.store import Damaged, Say, Store, size_text
+from runtime.checkpoint.store import Damaged, Say, Store
 from runtime.checkpoint.team import RankFailed, Team
 from runtime.errors import ConfigError, ModelError, clean
-from runtime.files import once
+from runtime.files import once, size_text
 
 _SLACK = 16 << 20  # bytes beside the tensors: metadata, random states, the manifest
 
@@ -217,11 +217,10 @@ class Checkpointer:
             return [], []
         candidates, skipped = [], []
         for path in self.store.steps():
-            problem = self.store.problem(path)
-            if problem:
-                skipped.append([str(path.resolve()), problem])
-            else:
-                candidates.append([str(path.resolve()), store.read_manifest(path)])
+            try:
+                candidates.append([str(path.resolve()), self.store.manifest(path)])
+            except Damaged as e:
+                skipped.append([str(path.resolve()), str(e)])
         if policy == "auto":
             return candidates, skipped
         path = Path(policy).resolve()
@@ -329,6 +328,7 @@ class Checkpointer:
         rng: Mapping[str, Tensor],
         healthy: bool = True,
         eval_loss: float | None = None,
+        eval_data: str = "",
     ) -> Outcome | None:
         """Saves a checkpoint. A disk that refuses makes no exception: training can go on, what was saved before stands.
 
@@ -339,6 +339,7 @@ class Checkpointer:
             rng: this rank's random state.
             healthy: False where the run may be about to fail: such a checkpoint is kept beside the healthy ones, not instead of one.
             eval_loss: of these weights, on held-out data, if they were evaluated: the lowest is kept, however old.
+            eval_data: fingerprint of that data; losses on other data are not compared.
 
         Returns:
             The outcome; None if the save goes on in the background: `poll` or `wait` will tell, and `before_update` has to be called
@@ -352,7 +353,8 @@ class Checkpointer:
             return self._last
         assert self._last is None or self._last.step < step, f"step {step} after step {self._last.step}"
         text, snapshot = self.team.together(lambda: (json.dumps(state), shards.Snapshot(tensors)))
-        about = {"healthy": healthy, "eval_loss": eval_loss if eval_loss is None or math.isfinite(eval_loss) else None}
+        measured = eval_loss is not None and math.isfinite(eval_loss)
+        about = {"healthy": healthy, "eval_loss": eval_loss if measured else None, "eval_data": eval_data}
         if not self.cfg.async_:
             return self._tell(self._write(step, snapshot, text, rng, about))
         self.team.together(lambda: snapshot.reserve(self._buffers))
@@ -425,7 +427,7 @@ class Checkpointer:
     def forecast(self, tensors: Mapping[str, Tensor]) -> str:
         """For the start-up report: is there room for a checkpoint of `tensors`? A collective."""
         need, free = self.team.total(shards.Snapshot(tensors).nbytes), self.store.free_bytes()
-        short = "" if free >= need + _SLACK else ": none can be saved until there is room"
+        short = "" if free >= need + _SLACK else f": none can be saved until there are {size_text(need + _SLACK)}"
         return f"checkpoints: {size_text(need)} each, {size_text(free)} are free in {self.store.folder}{short}"
 
     def _begin(self, step: int, nbytes: int) -> Path:
@@ -473,7 +475,7 @@ class Checkpointer:
 
     def _disk_problem(self, failure: RankFailed, nbytes: int) -> str:
         free = size_text(self.store.free_bytes())
-        return f"not saved, the disk failed on {failure} (it needs {size_text(nbytes)}, {free} are free in {self.store.folder})"
+        return f"not saved, the disk failed on {failure} (it needs {size_text(nbytes + _SLACK)}, {free} are free in {self.store.folder})"
 
 
 def _rng_file(rank: int) -> str:

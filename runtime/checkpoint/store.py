@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
-from runtime.files import once
+from runtime.files import once, size_text
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -202,6 +202,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "written": manifest["written"].isprintable() and len(manifest["written"]) < 80,
             "origin": origin is None or (type(origin["path"]) is type(origin["id"]) is str and _is_count(origin["step"])),
             "eval_loss": _is_measured(manifest.get("eval_loss")),
+            "eval_data": isinstance(manifest.get("eval_data", ""), str),
             "layout": layout["world"] and all(_is_count(size) and axis.isprintable() for axis, size in layout.items()),
             "identity": not _is_deep(manifest["identity"]),
             "config": not _is_deep(manifest["config"]),
@@ -280,20 +281,15 @@ def verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def is_healthy(manifest: dict[str, Any]) -> bool:
+    """Was the run well when this was saved? One that does not say was saved by a version that never skipped."""
+    return manifest.get("healthy", True) is True
+
+
 def step_of(path: Path) -> int | None:
     """The step in a checkpoint's folder name; None for any other name."""
     match = _STEP.fullmatch(path.name)
     return int(match[1]) if match else None
-
-
-def is_healthy(path: Path) -> bool:
-    """Of a complete checkpoint: was the run well when it was saved? One that does not say was saved by a version that never skipped."""
-    return read_manifest(path).get("healthy", True) is True
-
-
-def eval_loss(path: Path) -> float | None:
-    """Of a complete checkpoint: the loss on held-out data, if its weights were evaluated before they were saved."""
-    return read_manifest(path).get("eval_loss")
 
 
 # ------------------------------------------------------------------------------------------------------------ the folder
@@ -305,7 +301,9 @@ class Store:
     def __init__(self, run: Path):
         self.run, self.folder = run, run / "checkpoints"
         self._lock: int | None = None
-        self._intact: dict[str, list] = {}  # by name: how the files looked (`_look`) when each byte of them was known
+        self._known: dict[
+            str, tuple[list | None, bool]
+        ] = {}  # by name: how the files looked (`_look`) when they were read, and were intact
 
     def steps(self) -> list[Path]:
         """Published checkpoints, newest first, whether damaged or not."""
@@ -317,18 +315,39 @@ class Store:
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step}"
 
+    def manifests(self) -> dict[Path, dict[str, Any]]:
+        """Of checkpoints with an intact manifest and all files at their sizes, newest first. Each is read once: a run that is under way
+        may delete it between two looks."""
+        found = {}
+        for path in self.steps():
+            with contextlib.suppress(Damaged):
+                found[path] = self.manifest(path)
+        return found
+
+    def manifest(self, path: Path) -> dict[str, Any]:
+        """Raises:
+        Damaged: the checkpoint is not complete; says why, without reading its tensors.
+        """
+        manifest = read_manifest(path)
+        if manifest["step"] != step_of(path):
+            raise Damaged(f"holds step {manifest['step']}")
+        if problems := check_sizes(path, manifest["files"]):
+            raise Damaged("; ".join(problems))
+        return manifest
+
     def complete(self) -> list[Path]:
-        """Checkpoints with an intact manifest and all files at their sizes, newest first."""
-        return [p for p in self.steps() if self.problem(p) is None]
+        return list(self.manifests())
 
     def healthy(self) -> list[Path]:
         """Those of `complete` that were not saved between bad steps (runtime/guard.py), newest first."""
-        return [p for p in self.complete() if is_healthy(p)]
+        return [path for path, manifest in self.manifests().items() if is_healthy(manifest)]
 
     def ranked(self) -> list[Path]:
-        """Those of `healthy` that were evaluated, the lowest loss first, of equals the newest."""
-        losses = {path: eval_loss(path) for path in self.healthy()}
-        return sorted((path for path, loss in losses.items() if loss is not None), key=losses.get)
+        """Those of `healthy` that were evaluated, the lowest loss first, of equals the newest. Losses on other held-out data than the
+        newest's say nothing beside it."""
+        evaluated = [(path, m) for path, m in self.manifests().items() if is_healthy(m) and m.get("eval_loss") is not None]
+        alike = [(path, m["eval_loss"]) for path, m in evaluated if m.get("eval_data") == evaluated[0][1].get("eval_data")]
+        return [path for path, _ in sorted(alike, key=lambda item: item[1])]
 
     def best(self) -> Path | None:
         """The first of `ranked` that every byte of is intact."""
@@ -337,29 +356,25 @@ class Store:
     def is_intact(self, path: Path) -> bool:
         """Is every byte as the manifest says? Read once: after that, and of what was written here, while the files look the same."""
         look = _look(path)
-        if look is None or self._intact.get(path.name) != look:
-            self._intact.pop(path.name, None)
+        known = self._known.get(path.name)
+        if look is None or known is None or known[0] != look:
             try:
-                if verify(path)["step"] != step_of(path):
-                    return False
+                self._known[path.name] = look, verify(path)["step"] == step_of(path)
             except Damaged:
-                return False
-            self._intact[path.name] = look
-        return True
+                self._known[path.name] = look, False
+        return self._known[path.name][1]
 
     def trust(self, path: Path) -> None:
         """Every byte of this checkpoint was just compared with its manifest, or counted while it was written."""
-        self._intact[path.name] = _look(path)
+        self._known[path.name] = _look(path), True
 
     def problem(self, path: Path) -> str | None:
         """Why a checkpoint is not complete, without reading its tensors; None if it is."""
         try:
-            manifest = read_manifest(path)
+            self.manifest(path)
         except Damaged as e:
             return str(e)
-        if manifest["step"] != step_of(path):
-            return f"holds step {manifest['step']}"
-        return "; ".join(check_sizes(path, manifest["files"])) or None
+        return None
 
     # ---- writing
 
@@ -537,14 +552,6 @@ def discard(path: Path) -> None:
         path.unlink()
     except OSError:  # a folder; of a pipe, rmtree would wait for whoever writes to it
         shutil.rmtree(path, ignore_errors=True)
-
-
-def size_text(count: int) -> str:
-    """`1.5 GiB`."""
-    if count < 1024:
-        return f"{count} B"
-    power = min((count.bit_length() - 1) // 10, 4)
-    return f"{count / 1024**power:.1f} {'KMGT'[power - 1]}iB"
 
 
 Say = Callable[[str], None]

@@ -20,7 +20,7 @@ from tests.campaign import FACTORS, Case, combination
 from tests.tiny import write_chats, write_config, write_model
 from train import RunConfig
 
-KILLS = 18
+KILLS = 20
 EXTRA = """
 [train]
 steps = 24

@@ -57,14 +57,13 @@ def test_only_what_works_with_the_rest_is_suggested(tmp_path):
     arch = Arch.from_folder(model)
     axes = {"replicate": 1, "shard": 1, "context": 1, "tensor": 1}
 
-    def suggested(*words: str) -> list[str]:
-        return memory.smaller(parse_args(train.RunConfig, ["--config", str(path), *words], prog="train.py"), axes, arch)
+    def suggested(*words: str, saved: bool = False) -> list[str]:
+        return memory.smaller(parse_args(train.RunConfig, ["--config", str(path), *words], prog="train.py"), axes, arch, saved)
 
     short = ["--data.tokens=256", "--data.max_length=128"]
     assert suggested(*short)[:2] == ["recompute.kind=mlp", "data.tokens=128 and train.accumulate=2"]
     assert "data.tokens" not in " ".join(suggested("--data.tokens=256", "--data.max_length=256"))
-    (tmp_path / "out/checkpoints/step_1").mkdir(parents=True)
-    assert "data.tokens" not in " ".join(suggested(*short))
+    assert "data.tokens" not in " ".join(suggested(*short, saved=True))
     graph = ["--kernels.cuda_graph=true"]
     assert suggested(*graph) == ["recompute.kind=mlp", "offload.optimizer=true"]  # nothing that a graph cannot hold
     all_ = ["--recompute.kind=full", "--offload.optimizer=true", "--offload.activations=cpu", "--lora.rank=4"]

@@ -155,7 +155,7 @@ def test_retention_keeps_the_best(folder, said):
     run(work, 1)
     assert names(folder) == ["latest", "step_3", "step_7", "step_8"]
     there = Store(folder)
-    assert there.best() == there.path(3) and store.eval_loss(there.path(3)) == 1.5
+    assert there.best() == there.path(3) and there.manifest(there.path(3))["eval_loss"] == 1.5
     code, listed = said("ls", folder)
     assert code == 0 and [line.partition("ranks")[2].partition("eval")[2] for line in listed.splitlines()] == [
         " loss 1.8000",
@@ -167,6 +167,42 @@ def test_retention_keeps_the_best(folder, said):
     assert Store(folder).best() == there.path(8)
     assert Store(folder).ranked()[0] == there.path(3)  # which reads nothing
     assert said("rm", folder, 3) == (0, "step_3           deleted\n")
+
+
+def test_losses_on_other_held_out_data_are_not_compared(folder):
+    def work(rank, world):
+        ckpt = checkpointer(folder)
+        for step, (loss, data) in enumerate([(0.5, "old"), (0.1, "old"), (1.7, "new"), (1.9, "new"), (1.8, "new")], 1):
+            ckpt.save(step, spread(whole(step), "one"), {}, {}, eval_loss=loss, eval_data=data)
+
+    run(work, 1)
+    assert names(folder) == ["latest", "step_3", "step_4", "step_5"]
+
+
+def test_what_is_deleted_while_others_look_is_passed_over(folder):
+    """By a run that is under way, between two looks of a tool."""
+
+    def work(rank, world):
+        ckpt = checkpointer(folder, keep=0)
+        for step in (1, 2):
+            ckpt.save(step, spread(whole(step), "one"), {}, {}, eval_loss=1.0)
+
+    run(work, 1)
+    there, stop = Store(folder), threading.Event()
+
+    def come_and_go() -> None:
+        while not stop.is_set():
+            there.path(1).rename(folder / "away")
+            (folder / "away").rename(there.path(1))
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        seen = {tuple(map(store.step_of, look())) for _ in range(500) for look in (there.healthy, there.ranked, there.complete)}
+    finally:
+        stop.set()
+        thread.join()
+    assert seen == {(2,), (2, 1)}
 
 
 def rot(path) -> None:

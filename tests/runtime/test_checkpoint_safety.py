@@ -449,6 +449,7 @@ def test_a_manifest_of_another_kind(copy):
         (lambda m: m.update(written="long ago" * 10), "another kind of written"),
         (lambda m: m.update(eval_loss="low"), "another kind of eval_loss"),
         (lambda m: m.update(eval_loss=float("nan")), "another kind of eval_loss"),
+        (lambda m: m.update(eval_data=1), "another kind of eval_data"),
         (lambda m: m.update(step=True), "another kind of step"),
         (lambda m: m.update(step=1 << 63), "another kind of step"),
         (lambda m: m.update(step=-1), "another kind of step"),
