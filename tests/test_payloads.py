@@ -51,6 +51,7 @@ from runtime.config import load
 from runtime.errors import UserError
 from tests.model.folders import prepared, train_a_little
 from tests.model.folders import write_model as write_weights
+from tests.resealed import reseal
 from tests.runtime.saving import checkpointer, empty, save, whole
 from tests.tiny import TEMPLATE, write_chats, write_config, write_tokenizer
 from tools import merge
@@ -167,17 +168,6 @@ CALLS = {
 }
 KINDS = {name: lambda m, text=text: text.format(m).encode("latin-1") for name, text in OPCODES.items()}
 KINDS |= {name: lambda m, call=call: pickle.dumps(call(m)) for name, call in CALLS.items()}
-
-
-def reseal(path: Path) -> None:
-    """Makes a changed checkpoint pass verification, as a stranger would."""
-    manifest = json.loads((path / store.MANIFEST).read_bytes())
-    del manifest["crc32"]
-    (path / store.MANIFEST).unlink()
-    for name in manifest["files"]:
-        data = (path / name).read_bytes()
-        manifest["files"][name] = {"size": len(data), "crc32": f"{store.zlib.crc32(data):08x}"}
-    store.write_manifest(path, manifest)
 
 
 def in_checkpoint(name: str, make: Callable[[Path], bytes]) -> Callable[[Path], None]:

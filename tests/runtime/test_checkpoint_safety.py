@@ -26,6 +26,7 @@ from runtime.checkpoint import shards, store
 from runtime.checkpoint.checkpointer import Found
 from runtime.checkpoint.store import Damaged, Store
 from runtime.errors import ConfigError, ModelError, UserError
+from tests.resealed import Call, Index, reseal, seal
 from tests.runtime.saving import checkpointer, empty, hurt, resumed, run_folder, save
 from tools.checkpoint import main as tool
 
@@ -117,41 +118,6 @@ def test_a_mixture_of_two_steps_cannot_be(copy):
 # ------------------------------------------------------------------------------------------------------------- strangers
 
 
-def reseal(path: Path) -> None:
-    """Makes a forged checkpoint pass verification, as a stranger would."""
-    manifest = json.loads((path / store.MANIFEST).read_bytes())
-    for name in list(manifest["files"]):
-        data = (path / name).read_bytes()
-        manifest["files"][name] = {"size": len(data), "crc32": f"{store.zlib.crc32(data):08x}"}
-    seal(path, manifest)
-    store.verify(path)
-
-
-def seal(path: Path, manifest: dict) -> None:
-    """Puts this manifest, whatever it holds, in the place of a checkpoint's."""
-    body = json.dumps({key: value for key, value in manifest.items() if key != "crc32"}, indent=1)[1:].lstrip().encode()
-    (path / store.MANIFEST).write_bytes(f'{{"crc32": "{store.zlib.crc32(body):08x}",\n'.encode() + body)
-
-
-class Run:
-    """Pickles as a call."""
-
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
-
-
-class Index(MetadataIndex):
-    """A key that equals no other, pickled as one of DCP's."""
-
-    __hash__, __eq__ = object.__hash__, object.__eq__
-
-    def __reduce__(self):
-        return MetadataIndex, (self.fqn, self.offset), {"fqn": self.fqn, "offset": self.offset, "index": None}
-
-
 def forge(path: Path, change) -> None:
     metadata = pickle.loads((path / ".metadata").read_bytes())
     (path / ".metadata").write_bytes(pickle.dumps(change(metadata) or metadata))
@@ -191,16 +157,16 @@ def payloads(marker: Path) -> dict:
         md.storage_data = dict(md.storage_data) | {Index(first, old.offset): md.storage_data[old]}
 
     return {
-        "in place of it all": lambda md: Run(os.system, f"touch {marker}"),
-        "eval": lambda md: Run(eval, touch),
-        "exec in planner_data": lambda md: setattr(md, "planner_data", Run(exec, touch)),
-        "as a name": lambda md: md.state_dict_metadata.update({Run(eval, touch): md.state_dict_metadata[first]}),
-        "in storage_data": lambda md: md.storage_data.update({Run(eval, touch): 1}),
-        "in a size": lambda md: setattr(md.state_dict_metadata[first], "size", Run(eval, touch)),
-        "in a dtype": lambda md: setattr(md.state_dict_metadata[first].properties, "dtype", Run(eval, touch)),
-        "through getattr": lambda md: Run(getattr, Run(__import__, "os"), "system"),
-        "torch.load of a file": lambda md: Run(torch.load, str(marker)),
-        "in storage_meta": lambda md: setattr(md, "storage_meta", Run(builtins.open, str(marker), "w")),
+        "in place of it all": lambda md: Call(os.system, f"touch {marker}"),
+        "eval": lambda md: Call(eval, touch),
+        "exec in planner_data": lambda md: setattr(md, "planner_data", Call(exec, touch)),
+        "as a name": lambda md: md.state_dict_metadata.update({Call(eval, touch): md.state_dict_metadata[first]}),
+        "in storage_data": lambda md: md.storage_data.update({Call(eval, touch): 1}),
+        "in a size": lambda md: setattr(md.state_dict_metadata[first], "size", Call(eval, touch)),
+        "in a dtype": lambda md: setattr(md.state_dict_metadata[first].properties, "dtype", Call(eval, touch)),
+        "through getattr": lambda md: Call(getattr, Call(__import__, "os"), "system"),
+        "torch.load of a file": lambda md: Call(torch.load, str(marker)),
+        "in storage_meta": lambda md: setattr(md, "storage_meta", Call(builtins.open, str(marker), "w")),
         "byte entry": lambda md: md.state_dict_metadata.update({first: BytesStorageMetadata()}),
         "parent folder": stored(relative_path="../step_1/__0_0.distcp"),
         "absolute path": stored(relative_path="/etc/passwd"),
@@ -278,7 +244,7 @@ def test_forged_tensor_data_runs_nothing(copy):
     path = copy / "checkpoints/step_3"
 
     def work(rank, world):
-        torch.save(Run(os.system, f"touch {marker}"), path / "forged")
+        torch.save(Call(os.system, f"touch {marker}"), path / "forged")
         forged = (path / "forged").read_bytes()
         metadata = shards.parse_metadata((path / ".metadata").read_bytes(), store.read_manifest(path)["files"])
         place = next(v for k, v in metadata.storage_data.items() if k.fqn == "packed")
