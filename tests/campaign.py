@@ -60,6 +60,8 @@ seed = {{seed}}
 lr = 1e-2
 [log]
 every = 1
+[run]
+deterministic = true
 """
 LORA = "[lora]\nrank = 4\ndropout = 0.2\ntargets = {}\n"
 TRAINED = {
@@ -371,6 +373,12 @@ def commit() -> str:
         return "no checkout"
 
 
+def gpus() -> str:
+    """What the driver says of them: to ask torch would begin to use them, and a process that has cannot fork ranks."""
+    told = [path.read_text(encoding="utf-8") for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))]
+    return ", ".join(line.partition(":")[2].strip() for text in told for line in text.splitlines() if line.startswith("Model:"))
+
+
 class Counts:
     """The counts of a file, or of one section of it, over all sessions. Kinds of campaigns add theirs to GOOD and BAD. `commits`: what was
     run, session by session; sessions before the first of them did not say."""
@@ -406,7 +414,7 @@ class Counts:
 
     def save(self, command: str, among: str = "") -> None:
         command += f' --layouts "{among}"' * bool(among)
-        about = {"command": command, "date": date.today().isoformat(), "machine": f"{os.cpu_count()} CPU cores, gloo"}
+        about = {"command": command, "date": date.today().isoformat(), "machine": f"{os.cpu_count()} CPU cores, {gpus() or 'gloo'}"}
         about |= {"torch": torch.__version__, "python": platform.python_version()}
         about["commits"] = [*(known for known in self.data.get("commits", ()) if known != self._commit), self._commit]
         self.data = {**about, **{key: value for key, value in self.data.items() if key not in about}}
