@@ -22,11 +22,12 @@ import math
 import pickle
 import pickletools
 import threading
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,6 @@ from torch.distributed.checkpoint.default_planner import create_default_local_sa
 from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
-from torch.distributed.checkpoint.utils import _create_file_view
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
@@ -47,6 +47,7 @@ from runtime.errors import ModelError, clean, shown
 
 METADATA = ".metadata"
 _ZIP = b"PK\x03\x04"
+_FOLDER = 0x10  # in a member's attributes, as DOS has them
 
 
 # --------------------------------------------------------------------------------------------------------------- writing
@@ -396,12 +397,39 @@ def read(folder: Path, files: Mapping[str, dict], tensors: Mapping[str, Tensor],
             raise ModelError(f"checkpoint data cannot be read: {assigned[name]} of {mine} elements of {name} are there", folder)
 
 
+class _Part(io.RawIOBase):
+    """`length` bytes of a file from `offset` on, as a file."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int):
+        self.file, self.offset, self.length, self.at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, to: int, whence: int = io.SEEK_SET) -> int:
+        self.at = to + (0, self.at, self.length)[whence]
+        return self.at
+
+    def readinto(self, buffer) -> int:
+        left = max(0, self.length - self.at)
+        self.file.seek(self.offset + self.at)
+        count = self.file.readinto(memoryview(buffer)[:left])
+        self.at += count
+        return count
+
+
 def _payload(folder: Path, place: _StorageInfo, dtype: torch.dtype, sizes: torch.Size) -> Tensor:
     """One stored chunk, which is what the metadata says that it is."""
     with open(folder / place.relative_path, "rb") as file:
-        view = _create_file_view(file, place.offset, place.length)
+        view = _Part(file, place.offset, place.length)
         if view.read(len(_ZIP)) != _ZIP:  # torch.load knows older formats as well, which no checkpoint was ever written in
             raise Refused("it does not begin as torch.save writes it")
+        # what is marked as a folder is not read, and its tensor is whatever the memory holds; what is compressed may grow without end
+        if any(member.external_attr & _FOLDER or member.compress_type != zipfile.ZIP_STORED for member in zipfile.ZipFile(view).infolist()):
+            raise Refused("it is not packed as torch.save does it")
         view.seek(0)
         found = torch.load(view, map_location="cpu", weights_only=True)
     if type(found) is not Tensor or found.layout != torch.strided or found.device.type != "cpu":

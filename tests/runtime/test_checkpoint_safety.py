@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import io
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ import resource
 import shutil
 import struct
 import time
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -279,18 +281,22 @@ def test_a_payload_is_what_the_metadata_says(copy):
             "meta": torch.empty(shape, device="meta"),
             "nothing": torch.zeros(0),
             "old": torch.full(shape, 7.0),  # in the format of torch before 1.6
+            "folder": torch.full(shape, 7.0),  # torch reads no bytes of it, and takes what the memory holds
+            "pressed": torch.full(shape, 7.0),
         }
         said = {}
         for kind, stored in [*kinds.items(), ("fits", torch.full(shape, 0.25))]:
             for file, data in honest.items():
                 file.write_bytes(data)
 
-            def put(md, stored=stored, zipped=kind != "old"):
+            def put(md, stored=stored, kind=kind):
                 key = next(k for k in md.storage_data if k.fqn == first and not k.offset[0])
                 file = path / md.storage_data[key].relative_path
                 before = file.stat().st_size
+                blob = io.BytesIO()
+                torch.save(stored, blob, _use_new_zipfile_serialization=kind != "old")
                 with open(file, "ab") as out:
-                    torch.save(stored, out, _use_new_zipfile_serialization=zipped)
+                    out.write(repacked(blob, kind) if kind in ("folder", "pressed") else blob.getvalue())
                 md.storage_data[key] = _StorageInfo(file.name, before, file.stat().st_size - before)
 
             forge(path, put)
@@ -304,11 +310,27 @@ def test_a_payload_is_what_the_metadata_says(copy):
         assert tensors[first].to_local()[:4].eq(0.25).all()
         assert all("/step_3/__0_0.distcp: checkpoint data cannot be read: layers.0.weight: " in text for text in said.values())
         plain = [kind for kind, text in said.items() if "something else than a plain tensor is stored" not in text]
-        assert plain == ["float64", "shape", "rank", "nothing", "old"]
+        assert plain == ["float64", "shape", "rank", "nothing", "old", "folder", "pressed"]
+        assert all(said[kind].endswith("it is not packed as torch.save does it") for kind in ("folder", "pressed"))
         assert said["old"].endswith("it does not begin as torch.save writes it")
         assert "torch.float64 [4, 6] is stored, but torch.float32 [4, 6] was written down" in said["float64"]
 
     run(work, 1)
+
+
+def repacked(blob: io.BytesIO, kind: str) -> bytes:
+    """The same members, one of them marked as a folder, or all compressed."""
+    out = io.BytesIO()
+    with (
+        zipfile.ZipFile(blob) as source,
+        zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED if kind == "pressed" else zipfile.ZIP_STORED) as target,
+    ):
+        for name in source.namelist():
+            member = zipfile.ZipInfo(name)
+            member.compress_type = target.compression
+            member.external_attr = 0x10 * (kind == "folder" and name.endswith("data/0"))
+            target.writestr(member, source.read(name))
+    return out.getvalue()
 
 
 def test_a_load_that_leaves_something_unassigned_fails(honest, monkeypatch):
