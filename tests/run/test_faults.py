@@ -41,6 +41,9 @@ def test_the_counts_in_the_docs_are_those_of_the_files():
     kinds = {kind: (counts, found[kind]) for kind, (counts, _, _) in faults.KINDS.items()}
     kinds["chaos"] = (chaos.Counts, json.loads((ROOT / "benchmarks" / "results" / "chaos.json").read_text(encoding="utf-8")))
     assert kinds.keys() - {"chaos"} == found.keys()
+    kills = kinds["chaos"][1]["kills"]
+    assert f"killed {kills:,} times by its tests" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"tests.chaos --kills {kills} " in text
     for kind, (counts, numbers) in kinds.items():
         assert not any(numbers[key] for key in counts.BAD)
         file = "chaos" if kind == "chaos" else "faults"
