@@ -29,6 +29,7 @@ from runtime.errors import ConfigError, UserError, clean
 T = TypeVar("T")
 LOOK_S = 1.0  # between looks at the processes of ranks that are waited for
 MEET_S = 600.0  # for all ranks to have connected to the store
+MEND = "start several ranks with torchrun, or unset it"
 STORE_S = 1800.0  # the longest wait for one value of the store (torch's default): NCCL's ranks exchange addresses through it
 
 
@@ -68,8 +69,8 @@ def process_state(pid: int) -> str:
 def _number(name: str, default: int) -> int:
     """What a launcher says in the environment."""
     text = os.environ.get(name, "").strip()
-    if not text.isdecimal() and text:
-        raise ConfigError("in the environment is not a number; start several ranks with torchrun", name, text)
+    if text and not (text.isdecimal() and len(text) <= 9):
+        raise ConfigError(f"in the environment is not a number of at most 9 digits; {MEND}", name, text)
     return int(text) if text else default
 
 
@@ -85,21 +86,46 @@ class Launch:
         self.rank = _number("RANK", 0)
         self.local_rank = _number("LOCAL_RANK", 0)
         self.local_world = _number("LOCAL_WORLD_SIZE", self.world)
+        self._check()
         self.agent_holds_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self.holds_store = self.rank == 0 and not self.agent_holds_store
-        if "MASTER_ADDR" in env and "WORLD_SIZE" in env:
+        if env.get("MASTER_ADDR") and env.get("WORLD_SIZE"):
             self.store = self._meet()
         elif self.world == 1:
             self.store = dist.HashStore()
         else:
-            raise ConfigError("is set but MASTER_ADDR is not; start several ranks with torchrun, or unset it", "WORLD_SIZE", self.world)
+            raise ConfigError(f"is set but MASTER_ADDR is not; {MEND}", "WORLD_SIZE", self.world)
         # a restart by the same agent must not read the answers of the attempt before it
         self.attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
         with self.meeting("start"):
             self.store.set(self._process(self.rank), f"{os.getpid()} {this_machine()}")
 
+    def _check(self) -> None:
+        """A variable that was left behind would have this rank wait for others that do not exist.
+
+        Raises:
+            ConfigError: what the launcher says does not fit together.
+        """
+        local, port = self.local_rank, _number("MASTER_PORT", -1)
+        met = os.environ.get("MASTER_ADDR") and os.environ.get("WORLD_SIZE")
+        for name, value, fits, what in (
+            ("WORLD_SIZE", self.world, self.world >= 1, "at least 1"),
+            ("RANK", self.rank, self.rank < self.world, f"below WORLD_SIZE={self.world}"),
+            ("LOCAL_WORLD_SIZE", self.local_world, 1 <= self.local_world <= self.world, f"from 1 to WORLD_SIZE={self.world}"),
+            ("LOCAL_RANK", local, local < self.local_world, f"below LOCAL_WORLD_SIZE={self.local_world}"),
+            ("LOCAL_RANK", local, local <= self.rank, f"at most RANK={self.rank}"),
+            ("MASTER_PORT", port, not met or port <= 65535, "at most 65535"),
+        ):
+            if not fits:
+                raise ConfigError(f"in the environment must be {what}; {MEND}", name, value)
+        for name, needed in (("MASTER_PORT", met and port < 0), ("RANK", met and self.world > 1 and not os.environ.get("RANK"))):
+            if needed:
+                raise ConfigError(
+                    "is not in the environment, but MASTER_ADDR and WORLD_SIZE are; start ranks with torchrun, or unset them", name
+                )
+
     def _meet(self) -> dist.Store:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         try:
             store, _, _ = next(dist.rendezvous("env://", self.rank, self.world, timeout=datetime.timedelta(seconds=MEET_S)))
         except dist.DistError as e:

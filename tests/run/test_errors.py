@@ -138,21 +138,42 @@ def test_a_message_is_one_line_whatever_it_quotes():
     assert text.endswith("x!") and text.startswith("xxx") and " ... " in text
 
 
+MEND = "start several ranks with torchrun, or unset it"
+THERE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+ABSENT = "is not in the environment, but MASTER_ADDR and WORLD_SIZE are; start ranks with torchrun, or unset them"
+
+
 @pytest.mark.parametrize(
     ("environment", "says"),
     [
-        ({"WORLD_SIZE": "2"}, "error: WORLD_SIZE=2 is set but MASTER_ADDR is not; start several ranks with torchrun, or unset it\n"),
-        ({"RANK": "first"}, "error: RANK='first' in the environment is not a number; start several ranks with torchrun\n"),
+        ({"WORLD_SIZE": "2"}, f"WORLD_SIZE=2 is set but MASTER_ADDR is not; {MEND}"),
+        ({"RANK": "first"}, f"RANK='first' in the environment is not a number of at most 9 digits; {MEND}"),
+        ({"WORLD_SIZE": "9" * 5000}, f"WORLD_SIZE='{'9' * 76}... in the environment is not a number of at most 9 digits; {MEND}"),
+        ({"RANK": "1"}, f"RANK=1 in the environment must be below WORLD_SIZE=1; {MEND}"),
+        ({"LOCAL_RANK": "3"}, f"LOCAL_RANK=3 in the environment must be below LOCAL_WORLD_SIZE=1; {MEND}"),
+        ({"LOCAL_WORLD_SIZE": "2"}, f"LOCAL_WORLD_SIZE=2 in the environment must be from 1 to WORLD_SIZE=1; {MEND}"),
+        ({"LOCAL_WORLD_SIZE": "0"}, f"LOCAL_WORLD_SIZE=0 in the environment must be from 1 to WORLD_SIZE=1; {MEND}"),
+        ({"WORLD_SIZE": "0", **THERE}, f"WORLD_SIZE=0 in the environment must be at least 1; {MEND}"),
+        ({"WORLD_SIZE": "2", "RANK": "5", **THERE}, f"RANK=5 in the environment must be below WORLD_SIZE=2; {MEND}"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "1", **THERE}, f"LOCAL_RANK=1 in the environment must be at most RANK=0; {MEND}"),
+        ({"WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}, f"MASTER_PORT: {ABSENT}"),
+        ({"WORLD_SIZE": "2", **THERE}, f"RANK: {ABSENT}"),
+        (
+            {"WORLD_SIZE": "1", **THERE, "MASTER_PORT": "abc"},
+            f"MASTER_PORT='abc' in the environment is not a number of at most 9 digits; {MEND}",
+        ),
+        ({"WORLD_SIZE": "1", **THERE, "MASTER_PORT": "65536"}, f"MASTER_PORT=65536 in the environment must be at most 65535; {MEND}"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_half_of_a_launchers_environment(good, monkeypatch, capsys, environment, says):
-    for name in ("MASTER_ADDR", "WORLD_SIZE", "RANK"):
+    for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert train.main(["--config", str(good / "c.toml")]) == 2
-    assert capsys.readouterr().err == says
+    assert capsys.readouterr().err == f"error: {says}\n"
 
 
 HOSTILE = "\x1b[31mred\x07\x9b2J\u202edesrever\u2066\u200b\x85\u2028\ud800\x7f"
