@@ -30,6 +30,7 @@ from optim.config import AdamWConfig, CosineConfig, OptimConfig, ScheduleConfig
 from parallel.config import CompileConfig, OffloadConfig, ParallelConfig, PrecisionConfig, RecomputeConfig, TilingConfig
 from runtime.config import flatten, parse_args, to_toml
 from runtime.errors import ConfigError, ModelError, UserError, clean
+from runtime.files import expanded
 from runtime.sections import CheckpointConfig, LogConfig
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     from parallel.start import Launch
     from runtime.checkpoint import Outcome
     from runtime.log import Log
+
+
+MOST_MICRO_BATCHES = 10**6  # of a step
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class TrainConfig:
         for key in ("steps", "epochs", "accumulate", "max_skips_in_a_row", "max_skips"):
             if (value := getattr(self, key)) is not None and value < 1:
                 raise ConfigError("must be at least 1", key, value)
+        if self.accumulate > MOST_MICRO_BATCHES:
+            raise ConfigError(f"must be at most {MOST_MICRO_BATCHES:,}", "accumulate", self.accumulate)
         if not 0 <= self.seed < 2**31:
             raise ConfigError("must lie between 0 and 2^31 - 1", "seed", self.seed)
 
@@ -112,6 +118,14 @@ class OutputConfig:
     path: Annotated[str, "The run's folder: resolved.toml, metrics.jsonl, logs, checkpoints and export."]
     merge: Annotated[bool, "Of a LoRA run, export full weights with the adapter merged in, instead of the adapter."] = False
     dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "Of exported full weights; auto: the base model's."] = "auto"
+
+    def __post_init__(self):
+        if not self.path:
+            raise ConfigError("must name a folder, or the run would write among the files of the working directory", "path", self.path)
+
+    @property
+    def folder(self) -> Path:
+        return expanded(self.path, "output.path")
 
 
 @dataclass(frozen=True)
@@ -185,7 +199,7 @@ def read_inputs(cfg: RunConfig) -> Inputs:
     arch, tokenizer = Arch.from_folder(folder), Tokenizer.load(folder)
 
     def read(sources: tuple[SourceConfig, ...]) -> Documents:
-        found = prepare(cfg.data, sources, tokenizer, Path(cfg.data.cache).expanduser(), cfg.train.seed)
+        found = prepare(cfg.data, sources, tokenizer, expanded(cfg.data.cache, "data.cache"), cfg.train.seed)
         found.check_vocabulary(arch.vocab_size)
         return found
 
@@ -219,7 +233,7 @@ def contents(cfg: RunConfig, inputs: Inputs, found: dict[str, str]) -> dict[str,
     from model.tensor_folder import fingerprint
 
     held_out = inputs.held_out.fingerprint if inputs.held_out else ""
-    adapter = Path(cfg.lora.adapter) if cfg.lora and cfg.lora.adapter else None
+    adapter = cfg.lora and cfg.lora.folder
     there = adapter is not None and os.path.isfile(adapter / CONFIG)  # if not, loading it says so
     found = found | {"held-out data": held_out, "adapter": fingerprint(adapter, True, STEM, CONFIG) if there else ""}
     return {f"fingerprint of {name}": value for name, value in found.items()}
@@ -328,7 +342,7 @@ class Reporter:
         step = state["step"]
         self.progress, self.metrics = Progress(log, total, step), None
         if rank == 0:
-            self.metrics = Metrics(Path(cfg.output.path), cfg.log.trackers, flatten(cfg), cfg.log.project, cfg.log.name, log)
+            self.metrics = Metrics(cfg.output.folder, cfg.log.trackers, flatten(cfg), cfg.log.project, cfg.log.name, log)
             self.metrics.rewind(step if step else -1, evaluated=not state["evaluate"])
 
     def record(self, numbers: dict[str, object]) -> None:
@@ -369,7 +383,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
     from runtime.stop import Stop
 
     # before the process group: what the user can fix, and work on the host
-    out = Path(cfg.output.path)
+    out = launch.together("output", lambda: cfg.output.folder)
     with ExitStack() as stack:
         axes, _ = launch.together("layout", lambda: (sizes(cfg.parallel, launch.world), check_trackers(cfg.log.trackers)))
         device = launch.together("device", lambda: launch.device(cfg.run.device, cfg.run.deterministic))
@@ -409,7 +423,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
 
         # the model, its optimizer, and what of them is saved
         net, report = launch.together("model", lambda: assemble(cfg, inputs.arch, mesh))
-        sources = {"folder": inputs.folder if cfg.model.init == "pretrained" else None, "adapter": cfg.lora and cfg.lora.adapter}
+        sources = {"folder": inputs.folder if cfg.model.init == "pretrained" else None, "adapter": cfg.lora and cfg.lora.folder}
         launch.together("weights", lambda: materialize(net, device, cfg.train.seed, **sources))
         trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
         _, chosen = launch.together("optimizer", lambda: choose(trained.values(), cfg.optim))
@@ -617,7 +631,7 @@ def export(cfg: RunConfig, inputs: Inputs, net: Decoder, mesh: Mesh, like: Batch
     from objective.evaluate import logprobs, room, with_row
     from parallel.context import split
 
-    out, row = Path(cfg.output.path) / "export", probe.row(inputs.arch.vocab_size, *room(like))
+    out, row = cfg.output.folder / "export", probe.row(inputs.arch.vocab_size, *room(like))
     live = logprobs(net, split(with_row(like, row), mesh), mesh.sum_over_context, mesh.device)[: row.tokens.numel()]
     pretrained = cfg.model.init == "pretrained"
     if cfg.lora is not None and not cfg.output.merge:

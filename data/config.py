@@ -102,8 +102,8 @@ class DataConfig:
     def __post_init__(self):
         if not self.sources:
             raise ConfigError("must name at least one source", "sources")
-        if not 2 <= self.tokens < 2**30:
-            raise ConfigError("must lie between 2 and 2^30 - 1", "tokens", self.tokens)
+        if not 2 <= self.tokens <= 2**26:
+            raise ConfigError("must lie between 2 and 2^26, as memory holds several whole rows", "tokens", self.tokens)
         if self.max_length is not None and not 2 <= self.max_length <= self.tokens:
             raise ConfigError(
                 f"must lie between 2 and data.tokens={self.tokens}, which a document has to fit into", "max_length", self.max_length
@@ -114,6 +114,9 @@ class DataConfig:
             date.fromisoformat(self.date)
         except ValueError:
             raise ConfigError("must be a date such as 2024-07-26", "date", self.date) from None
+        for key in ("template", "cache"):
+            if getattr(self, key) == "":
+                raise ConfigError("must name a file or a folder; leave it out for the default", key, "")
         names = [source.name for source in self.sources if source.name]
         if len(set(names)) < len(names):
             raise ConfigError("gives two sources the same name", "sources", names)

@@ -24,6 +24,7 @@ A document here is whatever must stay together: for preference data a pair, whos
 from __future__ import annotations
 
 from array import array
+from collections import defaultdict
 
 import numpy as np
 
@@ -103,7 +104,7 @@ def _tie(lengths: np.ndarray, tokens: int) -> np.ndarray:
 def best_fit(lengths: np.ndarray, tokens: int) -> np.ndarray:
     """Best-fit decreasing: the pack of each document. `lengths` must not increase."""
     values, counts = np.unique(lengths, return_counts=True)
-    packs: list[list[int]] = [[] for _ in range(tokens)]  # by room left; full ones are not kept
+    packs: defaultdict[int, list[int]] = defaultdict(list)  # by room left; full ones are not kept
     rooms = 0  # bit r: packs[r] is not empty
     out = array("I")
     opened = 0

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from runtime.errors import ConfigError
+from runtime.files import expanded
+
+MOST_RANK = 65536  # no linear of a model we read has a smaller side above it: a larger rank adds memory and nothing else
 
 
 @dataclass(frozen=True)
@@ -40,14 +44,21 @@ class LoraConfig:
     adapter: Annotated[str | None, "Start from this adapter (a folder in PEFT layout, of the same rank, alpha and targets)."] = None
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ConfigError("must be at least 1", "rank", self.rank)
+        if not 1 <= self.rank <= MOST_RANK:
+            raise ConfigError(f"must be from 1 to {MOST_RANK}", "rank", self.rank)
         if not 0 < self.alpha < float("inf"):
             raise ConfigError("must be positive", "alpha", self.alpha)
         if not 0 <= self.dropout < 1:
             raise ConfigError("must be at least 0 and below 1", "dropout", self.dropout)
         if not self.targets:
             raise ConfigError("names nothing; use `all-linear` or leave out the section", "targets", self.targets)
+        if self.adapter == "":
+            raise ConfigError("must name a folder; leave it out to start from fresh adapters", "adapter", "")
+
+    @property
+    def folder(self) -> Path | None:
+        """Where `adapter` lies."""
+        return expanded(self.adapter, "lora.adapter") if self.adapter else None
 
 
 @dataclass(frozen=True)

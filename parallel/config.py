@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Protocol
 
 from model.config import KernelsConfig, LoraConfig
 from runtime.errors import ConfigError
+from runtime.files import expanded
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class ParallelConfig:
             raise ConfigError("must be at least 2; to keep weights whole after the forward pass use 'backward'", "reshard", self.reshard)
         if self.prefetch < 1:
             raise ConfigError("must be at least 1", "prefetch", self.prefetch)
-        if self.timeout_s <= 0:
-            raise ConfigError("must be positive", "timeout_s", self.timeout_s)
+        if not 0 < self.timeout_s <= 1e7:
+            raise ConfigError("must be positive and at most 1e7 (116 days)", "timeout_s", self.timeout_s)
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,10 @@ class OffloadConfig:
             raise ConfigError("is implied by offload.parameters; leave it out", "optimizer", self.optimizer)
         if self.parameters and self.frozen:
             raise ConfigError("is implied by offload.parameters; leave it out", "frozen", self.frozen)
+
+    def place(self) -> str:
+        """`folder`, with the home folder for `~`."""
+        return str(expanded(self.folder, "offload.folder")) if self.folder else ""
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def check(cfg: Sections, axes: dict[str, int], lora: LoraConfig | None) -> None:
             offload.activations,
         )
     if offload.activations == "disk":
-        _check_folder(offload.folder)
+        _check_folder(offload.place())
     if offload.frozen:
         _check_frozen(math.prod(axes.values()), lora, cfg.compile is not None)
 
@@ -110,7 +110,7 @@ def _moved(blocks: list[nn.Module], offload: OffloadConfig, recompute: Recompute
 
 def _activations(blocks: list[nn.Module], device: torch.device, cfg: OffloadConfig) -> str:
     lane = Lane(device)
-    home = OnDisk(lane, cfg.folder) if cfg.activations == "disk" else InMemory(lane)
+    home = OnDisk(lane, cfg.place()) if cfg.activations == "disk" else InMemory(lane)
     keeper = Keeper(lane, home)
     for block in blocks:
         keeper.around(block)

@@ -17,11 +17,23 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from runtime.errors import ModelError, UserError
+from runtime.errors import ConfigError, ModelError, UserError
 
 MAX_JSON = 64 << 20  # bytes of an index or config
 MAX_FILE = 256 << 20  # bytes of any other file that is held in memory; the largest tokenizers have 35 MB
 MAX_TEMPLATE = 1 << 20  # bytes of a chat template
+
+
+def expanded(path: str, key: str) -> Path:
+    """A path of the config, with the home folder that `~` or `~name` stands for.
+
+    Raises:
+        ConfigError: there is no such home folder: no user of that name, or none of this process and no HOME either, as in a container.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"begins with a home folder that is not known here; set {key} to a path without ~, or HOME", key, path) from None
 
 
 def open_regular(path: str | Path, follow: bool = True) -> BinaryIO:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 from datetime import date
-from pathlib import Path
 
 from data.chat import Chat
 from data.config import DataConfig, SourceConfig
@@ -24,6 +23,7 @@ from data.sample import BadRecord, Sample
 from data.sources import not_too_deep
 from data.tokenizer import Tokenizer
 from runtime.errors import shown
+from runtime.files import expanded
 
 ROLES = {"human": "user", "gpt": "assistant"}  # as data in the ShareGPT form calls them
 _TYPES = {"reasoning_content": str, "thinking": str, "reasoning": str, "tool_calls": list}
@@ -31,7 +31,7 @@ _TYPES = {"reasoning_content": str, "thinking": str, "reasoning": str, "tool_cal
 
 def template_of(cfg: DataConfig, tokenizer: Tokenizer) -> Chat:
     """The chat template of the config, else the model's."""
-    template = Path(cfg.template).expanduser() if cfg.template else None
+    template = expanded(cfg.template, "data.template") if cfg.template else None
     return Chat(tokenizer, template, cfg.template_args, date.fromisoformat(cfg.date))
 
 
