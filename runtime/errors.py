@@ -14,7 +14,7 @@ from pathlib import Path
 
 MAX_LINE = 2000  # characters of a message
 _ABSENT = object()
-_SECRET_NAME = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD)$", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|APIKEY|(^|_)KEY)$", re.IGNORECASE)
 _SECRET_SHAPE = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{30,}\b")
 
 

@@ -1,4 +1,4 @@
-"""Ten planted secrets: in the environment, in config fields, in data and in what goes wrong. None is in anything a run leaves behind."""
+"""Planted secrets: in the environment, in config fields, in data and in what goes wrong. None is in anything a run leaves behind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from data.prepare import prepare
 from data.tokenizer import Tokenizer
 from runtime import metrics
 from runtime.config import load, parse_args
-from runtime.errors import UserError
+from runtime.errors import UserError, redact
 from tests import launch
 from tests.tiny import write_chats, write_config, write_model
 from train import RunConfig
@@ -28,6 +28,11 @@ SECRETS = {  # all hold PLANTED, which is looked for; and what JSON, TOML, repr 
     "SERVICE_TOKEN": "PLANTED\ttab",
     "A_SECRET": "  PLANTED spaces around  ",
     "OPENAI_API_KEY": "sk-PLANTED-project",
+    "PGPASSWORD": "PLANTED-no-underscore",
+    "MYAPIKEY": "PLANTED-nor-here",
+    "ghtoken": "PLANTED-in-small-letters",
+    "NOTASECRET": "PLANTED-as-the-name-ends-so",
+    "KEY": "PLANTED-a-word-of-its-own",
 }
 URL = "https://someone:PLANTEDpw@host/org/model"  # in no variable: known by its shape, as is a hub token
 HUB = "hf_" + "PLANTED" * 5
@@ -50,7 +55,7 @@ rank = 2
 
 @pytest.fixture
 def base(tmp_path, monkeypatch):
-    assert len({*SECRETS.values(), URL, HUB}) == 10
+    assert len({*SECRETS.values(), URL, HUB}) == 15
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     return write_model(tmp_path / "model"), write_chats(tmp_path / "data.jsonl", 30)
@@ -145,10 +150,10 @@ def test_what_is_said_of_records_left_out_says_none(base, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     cfg = DataConfig(sources=(SourceConfig(path=str(path), format="chat"),), on_bad="skip", max_bad=0.5)
     report = prepare(cfg, cfg.sources, tokenizer, tmp_path / "cache", 0).report()
-    assert "18 of 48 records are wrong" in report and "***" in report and "PLANTED" not in report
+    assert "28 of 58 records are wrong" in report and "***" in report and "PLANTED" not in report
     assert found(tmp_path / "cache") == []
     few = replace(cfg, max_bad=0.1)
-    assert "18 of 48 records are wrong" in said(lambda: prepare(few, few.sources, tokenizer, tmp_path / "cache", 0))
+    assert "28 of 58 records are wrong" in said(lambda: prepare(few, few.sources, tokenizer, tmp_path / "cache", 0))
 
 
 def test_a_crash_says_none(base, tmp_path, monkeypatch):
@@ -167,3 +172,9 @@ def test_a_crash_says_none(base, tmp_path, monkeypatch):
     assert any("RuntimeError: request failed\n***" in log for log in logs)  # one of them may only know of the other's
     assert all("request failed" in log and "***" in log for log in logs)
     assert found(tmp_path) == []
+
+
+def test_a_name_that_only_looks_like_one(monkeypatch):
+    for name in ("MONKEY", "TOKENIZER", "KEYBOARD", "PASSWORDS"):
+        monkeypatch.setenv(name, f"visible-{name}")
+        assert redact(f"a visible-{name} b") == f"a visible-{name} b"
