@@ -29,6 +29,7 @@ from runtime.errors import DataError
 _CONTINUES, _FURTHER = np.uint32(1 << 31), np.uint32(1 << 30)  # bits of a length
 _LENGTH = np.uint32(_FURTHER - 1)
 _ID = np.uint32(TRAINED - 1)
+_PART = 1 << 24  # tokens that are looked through at a time
 
 
 @dataclass(frozen=True)
@@ -202,8 +203,9 @@ class Documents:
         """Refuses documents with ids that a model with `size` embeddings does not have."""
         for origin in self.origins:
             if origin.store.max_id >= size:
-                problem = f"a document has token id {origin.store.max_id}, but the model's embeddings have {size} rows"
-                raise DataError(f"{problem}: use the model's own tokenizer, or a model made for this data", origin.path)
+                file, line, found = _beyond(origin.store, size)
+                problem = f"token id {found}, but the model's embeddings have {size} rows"
+                raise DataError(f"{problem}: use the model's own tokenizer, or a model made for this data", origin.files[file], line)
 
     def report(self) -> str:
         """What there is and what was left out, for people."""
@@ -299,6 +301,16 @@ def _cut(origin: Origin, longest: int, overflow: str) -> tuple[np.ndarray, np.nd
         order = np.argsort(begin, kind="stable")
         begin, length = begin[order], length[order]
     return begin, length, Counts(len(end), untrained, int(np.count_nonzero(long)), lost)
+
+
+def _beyond(store: Store, size: int) -> tuple[int, int, int]:
+    """Number of the file, line and token id of the first id of at least `size`; there is one."""
+    begin, found = -_PART, np.empty(0, np.int64)
+    while not found.size:
+        begin += _PART
+        found = np.flatnonzero((store.tokens[begin : begin + _PART] & _ID) >= size)
+    at = begin + int(found[0])
+    return *store.place_of(int(np.searchsorted(store.index["end"], at, "right"))), int(store.tokens[at] & _ID)
 
 
 def _nothing_left(count: Counts, longest: int) -> str:

@@ -49,6 +49,8 @@ def choose(run: Path, step: int | Literal["best"] | None) -> tuple[Path, dict]:
 
 
 def _step(text: str) -> int | Literal["best"]:
+    if text != "best" and not (text.isdecimal() and len(text) < 19):
+        raise ConfigError("must be the number of a step, or best", "--step", text)
     return "best" if text == "best" else int(text)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data import documents
 from data import prepare as module
 from data.chat import Chat
 from data.config import DataConfig, SourceConfig
@@ -241,6 +242,7 @@ BAD = [
     ("chat", {"messages": []}, "field 'messages' is empty"),
     ("chat", {"messages": ["x"]}, "message 1: expected an object, got a string"),
     ("chat", {"messages": [{"role": "user"}]}, "message 1: has no field 'content' (it has 'role'); names can be set with fields"),
+    ("chat", {"messages": [{"role": "user", "content": None}]}, "message 1: field 'content' is null"),
     ("chat", {"messages": [{"content": "x"}]}, "message 1: has no field 'role' (it has 'content'); names can be set with fields"),
     ("chat", {"messages": [{"role": "user", "content": 5}]}, "message 1: field 'content' must be a string, got a number"),
     ("chat", {"messages": [{"role": 3, "content": "x"}]}, "message 1: field 'role' must be a string, got a number"),
@@ -328,11 +330,18 @@ def test_nothing_to_read_and_nothing_to_learn(tmp_path):
         make(tmp_path, tokenizer_for(tmp_path / "t", eos_token=None), source(long, "completion"))
 
 
-def test_vocabulary_of_documents(tmp_path):
-    docs = make(tmp_path, tokenizer_for(tmp_path), source(write_jsonl(tmp_path / "a.jsonl", [{"input_ids": [1, 999, 3]}]), "tokenized"))
+def test_vocabulary_of_documents(tmp_path, monkeypatch):
+    """The line is found however many parts the store is looked through in."""
+    write_jsonl(tmp_path / "a" / "1.jsonl", [{"input_ids": [1, 5, 3]}] * 3)
+    write_jsonl(tmp_path / "a" / "2.jsonl", [{"input_ids": [7, 4]}, {"input_ids": [1, 998, 3]}, {"input_ids": [1, 999, 3]}])
+    docs = make(tmp_path, tokenizer_for(tmp_path), source(tmp_path / "a", "tokenized"))
     docs.check_vocabulary(1000)
-    with pytest.raises(DataError, match=r"a.jsonl: a document has token id 999, but the model's embeddings have 999 rows"):
-        docs.check_vocabulary(999)
+    for part in (1, 4, 1 << 24):
+        monkeypatch.setattr(documents, "_PART", part)
+        with pytest.raises(DataError, match=r"2.jsonl:3: token id 999, but the model's embeddings have 999 rows: use "):
+            docs.check_vocabulary(999)
+        with pytest.raises(DataError, match=r"2.jsonl:2: token id 998, but"):
+            docs.check_vocabulary(8)
 
 
 # --------------------------------------------------------------------------------------------------------------- overflow

@@ -92,3 +92,10 @@ def test_errors_are_one_line_and_exit_code_2(runs, tmp_path, capsys):
     finally:
         config.write_text(text)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("step", ["abc", "-1", "2.5", "", "9" * 5000])
+def test_a_step_that_is_none(tmp_path, capsys, step):
+    assert main(["--run", str(tmp_path), f"--step={step}"]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: --step='") and text.endswith(" must be the number of a step, or best\n") and text.count("\n") == 1
