@@ -43,10 +43,28 @@ def open_regular(path: str | Path, follow: bool = True) -> BinaryIO:
         OSError: as `open`, and for whatever is no regular file; `strerror` says what is wrong.
     """
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    return _if_regular(fd, path, "rb")
+
+
+def open_to_append(path: str | Path) -> BinaryIO:
+    """Opens a regular file to append bytes to at once, made where there is none; not where a link leads, and without waiting for a reader.
+
+    Raises:
+        OSError: as `open`, and for whatever is no regular file; `strerror` says what is wrong.
+    """
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as e:
+        what = {errno.ELOOP: "it is a link", errno.ENXIO: "it is no regular file"}.get(e.errno, e.strerror)  # ENXIO: a pipe
+        raise OSError(e.errno, what, str(path)) from None
+    return _if_regular(fd, path, "ab", buffering=0)
+
+
+def _if_regular(fd: int, path: str | Path, mode: str, buffering: int = -1) -> BinaryIO:
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
-        return os.fdopen(fd, "rb")
+        return os.fdopen(fd, mode, buffering)
     except BaseException:
         os.close(fd)
         raise

@@ -30,6 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from runtime.errors import ConfigError, UserError, printable, redact
+from runtime.files import open_to_append
 
 REDRAW_S = 0.1
 CLEAR = "\r\x1b[K"  # to the start of the line, and erase it
@@ -56,7 +57,7 @@ class Log:
         if self.path is not None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("ab", buffering=0)
+                self._file = open_to_append(self.path)
             except OSError as error:
                 raise ConfigError(f"cannot be written to ({error.strerror}: {error.filename})", "output.path", str(folder)) from None
             self._to_file(f"-- {time.strftime('%Y-%m-%d')} rank {rank} pid {os.getpid()}")

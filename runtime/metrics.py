@@ -26,6 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runtime.errors import ConfigError, DataError, redact, shown
+from runtime.files import open_to_append
 
 QUEUE = 1000  # records a tracker may lag behind
 CLOSE_S = 30.0  # how long the end of a run waits for trackers
@@ -54,10 +55,10 @@ class Metrics:
         check_trackers(trackers)
         self.path, self._warn, self._lost = folder / "metrics.jsonl", warn, False
         folder.mkdir(parents=True, exist_ok=True)
-        if self.path.exists() and not self.path.is_file():  # opening a pipe would wait for its reader
+        if os.path.lexists(self.path) and (self.path.is_symlink() or not self.path.is_file()):
             raise DataError("is not a regular file; move it away, the run's records go there", self.path)
         with _said_of(self.path):
-            self._file = self.path.open("ab", buffering=0)
+            self._file = open_to_append(self.path)
             self._drop_torn_line()
         about = {"config": _clean(config or {}), "project": redact(project), "name": redact(name or folder.resolve().name)}
         self._trackers = [_Feed(tracker, TRACKERS[tracker], folder / "trackers", about, warn) for tracker in trackers]
@@ -98,13 +99,14 @@ class Metrics:
         kept = [line for number, line in enumerate(_lines(self.path), 1) if step >= 0 and stays(_parsed(line), number)]
         aside = self.path.with_suffix(".jsonl.tmp")
         with _said_of(self.path):
-            with open(aside, "wb") as file:
+            aside.unlink(missing_ok=True)  # of a run that was killed here
+            with open(aside, "xb") as file:
                 file.writelines(kept)
                 file.flush()
                 os.fsync(file.fileno())
             self._file.close()
             os.replace(aside, self.path)
-            self._file = self.path.open("ab", buffering=0)
+            self._file = open_to_append(self.path)
         for tracker in self._trackers:
             tracker.resumed_at = step
 

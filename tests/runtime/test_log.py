@@ -265,3 +265,27 @@ def test_threads_do_not_mix_lines(tmp_path, console):
         for thread in threads:
             thread.join()
     assert all(len(set(line)) == 1 for line in lines(log.path)) and len(lines(log.path)) == 200
+
+
+@pytest.mark.parametrize("kind", ["pipe", "pipe that is read", "link", "dangling link", "folder"])
+def test_a_log_goes_into_a_file_of_its_folder(tmp_path, kind):
+    """Not where a link leads, and not into a pipe, which would wait for its reader."""
+    path, outside = tmp_path / "run" / "logs" / "rank_0.log", tmp_path / "outside"
+    path.parent.mkdir(parents=True)
+    reader = None
+    if kind == "folder":
+        path.mkdir()
+    elif kind.startswith("pipe"):
+        os.mkfifo(path)
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK) if "read" in kind else None
+    else:
+        path.symlink_to(outside)
+        if kind == "link":
+            outside.write_text("as it was")
+    what = {"folder": "Is a directory", "link": "it is a link", "dangling link": "it is a link"}.get(kind, "it is no regular file")
+    with pytest.raises(ConfigError) as caught:
+        Log(tmp_path / "run")
+    assert str(caught.value) == f"output.path={str(tmp_path / 'run')!r} cannot be written to ({what}: {path})"
+    assert outside.read_text() == "as it was" if kind == "link" else not outside.exists()
+    if reader is not None:
+        os.close(reader)

@@ -97,13 +97,17 @@ def test_a_line_of_many_brackets_is_torn(tmp_path):
     assert read(tmp_path / "metrics.jsonl") == [{"step": 1}]
 
 
-@pytest.mark.parametrize("kind", ["folder", "pipe", "no room"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link", "dangling link", "no room"])
 def test_records_that_cannot_go_there(tmp_path, monkeypatch, kind):
     path = tmp_path / "metrics.jsonl"
     if kind == "folder":
         path.mkdir()
     elif kind == "pipe":
         os.mkfifo(path)
+    elif "link" in kind:
+        path.symlink_to(tmp_path / "outside")
+        if kind == "link":
+            (tmp_path / "outside").write_text("")
     if kind != "no room":
         with pytest.raises(DataError, match=r"metrics\.jsonl: is not a regular file; move it away"):
             Metrics(tmp_path)
@@ -118,6 +122,15 @@ def test_records_that_cannot_go_there(tmp_path, monkeypatch, kind):
     with pytest.raises(DataError, match=r"metrics\.jsonl: cannot be written: No space left on device"):
         m.rewind(0)
     assert read(path) == [{"step": 1}]
+
+
+def test_what_is_written_aside_goes_nowhere_else(tmp_path):
+    m = Metrics(tmp_path)
+    m.write({"step": 1})
+    (tmp_path / "metrics.jsonl.tmp").symlink_to(tmp_path / "outside")
+    m.rewind(1)
+    m.write({"step": 2})
+    assert read(m.path) == [{"step": 1}, {"step": 2}] and not (tmp_path / "outside").exists()
 
 
 def test_a_torn_line_does_not_run_into_the_next(tmp_path):
