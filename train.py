@@ -651,12 +651,12 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if {"--help", "-h"} & set(argv):
         parse_args(RunConfig, argv, prog="train.py")  # prints and ends, without importing torch
-    import torch.distributed as dist
-
-    from parallel.start import Launch
-
-    launch = None
+    launch = dist = None
     try:
+        import torch.distributed as dist
+
+        from parallel.start import Launch
+
         launch = Launch()
         cfg = launch.together("config", lambda: parse_args(RunConfig, argv, prog="train.py"))
         run(cfg, launch)
@@ -669,7 +669,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # before there is anything to save; later a signal only asks (runtime/stop.py)
         return 130
     finally:
-        if dist.is_initialized():
+        if dist is not None and dist.is_initialized():
             dist.destroy_process_group()
 
 

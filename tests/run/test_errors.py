@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import shutil
 from pathlib import Path
@@ -174,6 +175,21 @@ def test_half_of_a_launchers_environment(good, monkeypatch, capsys, environment,
         monkeypatch.setenv(name, value)
     assert train.main(["--config", str(good / "c.toml")]) == 2
     assert capsys.readouterr().err == f"error: {says}\n"
+
+
+@pytest.mark.parametrize("module", ["torch.distributed", "parallel.start"])
+def test_ctrl_c_during_imports(good, monkeypatch, capfd, module):
+    """Those of torch take seconds. The interrupt arrives inside of one; nothing is there to be saved, and nothing is said."""
+    original = builtins.__import__
+
+    def interrupted(name, *args):
+        if name == module:
+            raise KeyboardInterrupt
+        return original(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", interrupted)
+    assert train.main(["--config", str(good / "c.toml")]) == 130
+    assert capfd.readouterr() == ("", "")
 
 
 HOSTILE = "\x1b[31mred\x07\x9b2J\u202edesrever\u2066\u200b\x85\u2028\ud800\x7f"
