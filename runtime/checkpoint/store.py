@@ -383,11 +383,19 @@ class Store:
 
         POSIX record locks: they work over NFS and, unlike flock, are not inherited by children that outlive us. Where the file
         system has no locks, or cannot be written, there is nothing to claim.
+
+        Raises:
+            UserError: another run is writing here; or something is in the way of checkpoints, which would come out at the first save.
         """
         if self._lock is not None:
             return
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise UserError(f"{self.folder}: is no folder, and checkpoints go there; move it away")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.iterdir():
+                if step_of(path) is not None and (path.is_symlink() or not path.is_dir()):
+                    raise UserError(f"{path}: is no folder of this run, and a checkpoint goes there; move it away")
             fd = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as e:
             if e.errno == errno.ELOOP:  # it would be made, or locked, wherever that leads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pwd
 
 import pytest
@@ -75,3 +76,24 @@ def test_the_home_folder_is_where_the_user_has_it(config, tmp_path, monkeypatch)
     assert ranks.wait() == [0], ranks.output()
     assert (home / "out" / "export" / "config.json").is_file() and (home / "out" / "metrics.jsonl").is_file()
     assert {path.name for path in home.iterdir()} == {"out", "cache", "spill"} and list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link", "pipe", "step is a file", "step is a link", "step is a dangling link"])
+def test_something_in_the_way_of_checkpoints(config, tmp_path, kind):
+    """It is said before the first step, not once there is something to save."""
+    out = tmp_path / "out"
+    place = out / "checkpoints" / "step_8" if "step" in kind else out / "checkpoints"
+    place.parent.mkdir(parents=True)
+    if kind.endswith("file"):
+        place.write_text("")
+    elif kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to(tmp_path / "elsewhere")
+        if "dangling" not in kind:
+            (tmp_path / "elsewhere").mkdir()
+    ranks = launch.run(["--config", str(config), f"--output.path={out}"], 2, tmp_path / "logs")
+    text = ranks.output()
+    assert ranks.wait() == [2, 2] and text.count("\n") == 1, text
+    assert text.startswith(f"error: {place}: is no folder") and text.endswith("; move it away\n")
+    assert not (out / "logs").exists() and not (tmp_path / "elsewhere" / ".lock").exists()
