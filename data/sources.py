@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.config import SourceConfig
-from runtime.errors import ConfigError, DataError, clean, shown
+from runtime.errors import ConfigError, DataError, shown
 from runtime.files import inside, open_regular
+from runtime.hub import NotHad, snapshot
 
 MAX_RECORD_BYTES = 64 << 20
 MAX_DEPTH = 64
@@ -97,14 +98,11 @@ def _in_folder(folder: Path) -> list[Path]:
 
 def _hub_files(source: SourceConfig) -> list[Path]:
     """Downloads the data files of a hub dataset (or finds them in the hub's cache) and picks those of the split."""
-    from huggingface_hub import snapshot_download
-
     try:
         patterns = [f"*{suffix}" for suffix in READERS]
-        folder = Path(snapshot_download(source.path, repo_type="dataset", revision=source.revision, allow_patterns=patterns))
-    except Exception as error:  # the library has a dozen kinds, network ones among them; all mean that the data cannot be had
-        reason = clean(error) or type(error).__name__
-        raise DataError(f"is no local file, and cannot be had from the hub: {reason}", source.path) from None
+        folder = snapshot(source.path, repo_type="dataset", revision=source.revision, allow_patterns=patterns)
+    except NotHad as error:
+        raise DataError(f"is no local file, and cannot be had from the hub: {error}", source.path) from None
     found = _in_folder(folder)
     names = {file: file.relative_to(folder).as_posix() for file in found}
     split = source.split or "train"

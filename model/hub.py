@@ -10,8 +10,9 @@ import os
 import re
 from pathlib import Path
 
-from runtime.errors import ModelError, clean
+from runtime.errors import ModelError
 from runtime.files import has
+from runtime.hub import NotHad, snapshot
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -51,10 +52,7 @@ def fetch(path: str, revision: str | None = None) -> Path:
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
         raise ModelError("no such folder, and not a hub id of the form owner/name", path)
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=PATTERNS))
-    except Exception as error:  # the hub client raises several families of exceptions; each means "not to be had"
-        reason = clean(error) or "no reason given"
-        raise ModelError(f"no such folder, and the hub did not give it ({type(error).__name__}: {reason})", path) from error
+        return snapshot(path, revision=revision, allow_patterns=PATTERNS)
+    except NotHad as error:
+        raise ModelError(f"no such folder, and the hub did not give it ({error})", path) from error

@@ -15,9 +15,9 @@ OURS = {"kernels", "model", "parallel", "objective", "data", "optim", "runtime",
 ALLOWED = {
     "kernels": set(),
     "optim": {"kernels"},
-    "data": set(),
+    "data": {"runtime.hub"},
     "runtime": set(),
-    "model": {"kernels"},
+    "model": {"kernels", "runtime.hub"},
     "parallel": {"model", "kernels", "data.batch"},
     "objective": {"model", "kernels", "data.batch"},
 }

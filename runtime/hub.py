@@ -1,0 +1,44 @@
+"""Downloads from the Hugging Face hub: every wait has an end, and whatever goes wrong is one message.
+
+The hub's client keeps what has arrived whole, takes no file for whole that is not (it writes aside and compares sizes), and uses its
+cache where the hub cannot be reached. But its first request waits for an answer without a limit: a proxy that is silent would have the
+run wait for ever. So a limit is put on each request that has none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runtime.errors import clean
+
+WAIT_S = 30.0  # for a connection, and for each piece of an answer
+
+
+class NotHad(Exception):
+    """The hub did not give it; says why, and what to do."""
+
+
+def snapshot(repo: str, **which: object) -> Path:
+    """The folder of `repo` in the hub's cache, downloaded first as far as it is not there. `which`: as for `snapshot_download`.
+
+    Raises:
+        NotHad: it is not to be had whole.
+    """
+    from huggingface_hub import get_session, snapshot_download
+
+    try:
+        client = get_session()
+        if _bounded not in (hooks := client.event_hooks["request"]):
+            client.event_hooks = client.event_hooks | {"request": [*hooks, _bounded]}
+        return Path(snapshot_download(repo, **which))
+    except Exception as error:  # the client raises several families of exceptions; each means "not to be had"
+        why = f"{type(error).__name__}: {clean(error) or 'no reason given'}"
+        raise NotHad(f"{why}; if the network is at fault, try again: what has arrived whole is kept") from error
+
+
+def _bounded(request) -> None:
+    """A hook of the HTTP client, called before each request."""
+    limits = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {
+        kind: WAIT_S if limits.get(kind) is None else limits[kind] for kind in ("connect", "read", "write", "pool")
+    }
