@@ -47,9 +47,6 @@ if TYPE_CHECKING:
     from runtime.log import Log
 
 
-MOST_MICRO_BATCHES = 10**6  # of a step
-
-
 @dataclass(frozen=True)
 class RunSection:
     """Where it runs."""
@@ -83,8 +80,9 @@ class TrainConfig:
         for key in ("steps", "epochs", "accumulate", "max_skips_in_a_row", "max_skips"):
             if (value := getattr(self, key)) is not None and value < 1:
                 raise ConfigError("must be at least 1", key, value)
-        if self.accumulate > MOST_MICRO_BATCHES:
-            raise ConfigError(f"must be at most {MOST_MICRO_BATCHES:,}", "accumulate", self.accumulate)
+        for key, most in (("accumulate", 10**6), ("epochs", 10**5)):
+            if (getattr(self, key) or 0) > most:
+                raise ConfigError(f"must be at most {most:,}", key, getattr(self, key))
         if not 0 <= self.seed < 2**31:
             raise ConfigError("must lie between 0 and 2^31 - 1", "seed", self.seed)
 

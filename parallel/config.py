@@ -97,8 +97,8 @@ class RecomputeConfig:
     ] = ("mlp", "full")
 
     def __post_init__(self):
-        if self.gib < 0:
-            raise ConfigError("must not be negative", "gib", self.gib)
+        if not 0 <= self.gib <= 1e6:
+            raise ConfigError("must be from 0 to 1e6", "gib", self.gib)
         if self.every < 1:
             raise ConfigError("must be at least 1", "every", self.every)
         if not 0 <= self.budget <= 1:
