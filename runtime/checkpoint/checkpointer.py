@@ -26,7 +26,7 @@ from runtime.checkpoint import drift, shards, store
 from runtime.checkpoint.store import Damaged, Say, Store
 from runtime.checkpoint.team import RankFailed, Team
 from runtime.errors import ConfigError, ModelError, clean
-from runtime.files import once, size_text
+from runtime.files import expanded, once, size_text
 
 _SLACK = 16 << 20  # bytes beside the tensors: metadata, random states, the manifest
 
@@ -223,7 +223,7 @@ class Checkpointer:
                 skipped.append([str(path.resolve()), str(e)])
         if policy == "auto":
             return candidates, skipped
-        path = Path(policy).resolve()
+        path = expanded(policy, "checkpoint.resume").resolve()
         try:
             wanted = store.read_manifest(path)
         except Damaged as e:
@@ -251,7 +251,7 @@ class Checkpointer:
             )
 
     def _begins_at(self, policy: str, found: Found) -> bool:
-        return policy not in ("auto", "never") and Path(policy).resolve() == found.path
+        return policy not in ("auto", "never") and expanded(policy, "checkpoint.resume").resolve() == found.path
 
     def _verify(self, path: Path, files: dict[str, dict]) -> list[str]:
         """Reads a checkpoint, a share of the files on each rank; all of them get all problems."""

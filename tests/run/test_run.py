@@ -398,7 +398,7 @@ def test_a_checkpoint_that_no_disk_took_is_said_before_and_at_the_end(make, monk
     ranks = launch.run(argv, 2, out / "out")
     assert ranks.wait() == [1, 1], ranks.output()
     said = ranks.output()
-    assert "1000 B are free in" in said and ": none can be saved until there is room" in said
+    assert "1000 B are free in" in said and ": none can be saved until there are" in said
     errors = [line for line in said.splitlines() if "error:" in line]
     assert len(errors) == 1 and "error: the result is exported after step 3, whose checkpoint was not saved, the disk" in errors[0]
     assert weights(out) and "Traceback" not in said

@@ -500,6 +500,18 @@ def test_records_of_what_is_left_behind_are_kept(folder):
     assert [line.partition(" moved to ")[0] for line in said] == ["step_5", "no checkpoint, but the records so far,"]
 
 
+def test_a_checkpoint_in_the_home_folder(folder, monkeypatch):
+    def work(rank, world):
+        for step in (5, 10):
+            save(checkpointer(folder), step, "one")
+        with pytest.raises(ConfigError, match="checkpoint.resume='~nosuchuser/x' begins with a home folder that is not known here"):
+            checkpointer(folder).find("~nosuchuser/x")
+        return resumed(checkpointer(folder), "one", "~/checkpoints/step_5")
+
+    monkeypatch.setenv("HOME", str(folder))
+    assert run(work, 1) == [5]
+
+
 def test_records_that_cannot_be_kept_stop_the_run(folder):
     """Nothing is moved, and nothing is left half copied."""
 
