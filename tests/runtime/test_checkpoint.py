@@ -504,7 +504,7 @@ def test_a_checkpoint_in_the_home_folder(folder, monkeypatch):
     def work(rank, world):
         for step in (5, 10):
             save(checkpointer(folder), step, "one")
-        with pytest.raises(ConfigError, match="checkpoint.resume='~nosuchuser/x' begins with a home folder that is not known here"):
+        with pytest.raises(ConfigError, match=r"checkpoint\.resume='~nosuchuser/x' begins with a home folder that is not known here"):
             checkpointer(folder).find("~nosuchuser/x")
         return resumed(checkpointer(folder), "one", "~/checkpoints/step_5")
 
