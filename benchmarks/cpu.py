@@ -376,6 +376,18 @@ def _cell(*arguments: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def commit() -> str:
+    """What is run: the checkout's commit, and whether files are not as it has them; but for counts, which campaigns write."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + "+changes" * bool(git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results"))
+    except (OSError, subprocess.CalledProcessError):
+        return "no checkout"
+
+
 def machine() -> dict:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

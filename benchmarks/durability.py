@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cpu import machine, versions
+from benchmarks.cpu import commit, machine, versions
 from benchmarks.modes import QUICK, Side, Size, arch_of, config, rows
 from optim.adamw import state_tensors
 from parallel.local import run
@@ -192,7 +192,8 @@ def main(argv: list[str]) -> int:
         print(f"{name:<30}" + (f"{value:.3g}" if isinstance(value, float) else " to ".join(f"{v:.3g}" for v in value)))
     if args.out:
         given = " --quick" if args.quick else ""
-        head = {"command": f"python -m benchmarks.durability{given}", "date": date.today().isoformat(), "machine": machine()}
+        head = {"command": f"python -m benchmarks.durability{given}", "commit": commit(), "date": date.today().isoformat()}
+        head["machine"] = machine()
         head |= {"versions": versions(("torch",)), "size": vars(size)}
         args.out.write_text(json.dumps({**head, "found": found}, indent=1) + "\n", encoding="utf-8")
     return 0

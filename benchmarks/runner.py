@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import report
-from benchmarks.cpu import ROOT, machine
+from benchmarks.cpu import ROOT, commit, machine
 from benchmarks.measure import KERNELS, STEPS, TINY, Pace, installed, smi
 from parallel.local import apart
 
@@ -161,7 +161,7 @@ def main(suite: str, about: str, cells: dict[str, Cell], argv: list[str]) -> int
     results = {
         "suite": suite,
         "command": " ".join([f"python -m benchmarks.{suite}", *argv]),
-        "commit": _commit(),
+        "commit": commit(),
         "date": date.today().isoformat(),
         "device": apart(torch.cuda.get_device_name) if args.device == "cuda" else "cpu",
         "tiny": args.tiny,
@@ -191,8 +191,3 @@ def main(suite: str, about: str, cells: dict[str, Cell], argv: list[str]) -> int
         args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print("\n" + report.markdown(results))
     return int(any("failed" in found for found in results["cells"].values()))
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"

@@ -23,7 +23,6 @@ import platform
 import random
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +35,7 @@ from pathlib import Path
 import torch
 
 import train
+from benchmarks.cpu import commit
 from data.stream import Stream
 from objective import evaluate
 from parallel.peers import Peers
@@ -47,7 +47,6 @@ from tests import launch
 from tests.model import golden
 from tests.tiny import write_chats, write_model
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = 10
 SURVIVE_S = 30.0
 START_S = 120.0
@@ -359,18 +358,6 @@ def differing(calm: Calm, out: Path) -> list[tuple]:
 
 
 # ---------------------------------------------------------------------------------------------------------------- campaign
-
-
-def commit() -> str:
-    """What is run: the checkout's commit, and whether files are not as it has them; but for counts, which campaigns write."""
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + "+changes" * bool(git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results"))
-    except (OSError, subprocess.CalledProcessError):
-        return "no checkout"
 
 
 def gpus() -> str:

@@ -50,7 +50,6 @@ import resource
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -67,6 +66,7 @@ import torch.distributed as dist
 from tokenizers import Tokenizer as Pipeline
 from torch.distributed.tensor import DTensor
 
+from benchmarks.cpu import commit
 from data import formats
 from data import prepare as preparing
 from data.config import DataConfig, SourceConfig
@@ -1262,13 +1262,8 @@ def main() -> int:
 
 def made() -> dict[str, str]:
     """When, of which commit and with which versions a result is made."""
-
-    def git(*what: str) -> str:
-        return subprocess.run(["git", *what], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    changes = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    about = {"date": date.today().isoformat(), "commit": git("rev-parse", "HEAD") + changes}
+    about = {"date": date.today().isoformat(), "commit": commit()}
     return about | {"machine": f"{os.cpu_count()} CPU cores"} | versions
 
 
