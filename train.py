@@ -415,7 +415,7 @@ def run(cfg: RunConfig, launch: Launch) -> None:
         early = EarlyStop(cfg.eval.patience if cfg.eval else 0, cfg.eval.min_delta if cfg.eval else 0.0, **state["early"])
         state["evaluate"] &= held_out is not None
         ended, saved = early.ends or state["step"] >= total, None
-        if ended and exported(out) == result(cfg, state["step"]):
+        if ended and launch.first("ended", lambda: str(exported(out) == result(cfg, state["step"]))) == "True":
             launch.together("export", lambda: whole(out / "export") if launch.rank == 0 else None)  # it is read once, not by each rank
             return log(f"this run has ended at step {state['step']}; its result is in {out / 'export'}")
 
@@ -563,7 +563,8 @@ def begin_records(out: Path, resolved: str, log: Log) -> None:
     if problem := unwritten(out / "resolved.toml", resolved):
         log(f"{problem}; checkpoints have a copy")
     try:
-        (out / "result.json").unlink(missing_ok=True)
+        if os.path.lexists(out / "result.json"):
+            (out / "result.json").unlink()
     except OSError as error:
         raise ModelError(
             f"cannot be removed ({error.strerror}): it tells of an earlier export; move it away", out / "result.json"

@@ -75,13 +75,14 @@ def allocate(net: nn.Module, device: torch.device | str) -> None:
 
     net._apply(memory)  # what to_empty does
     for _, p in parameters_at_rest(net):
-        local(p).fill_(math.nan)
+        if _has_nan(p):
+            local(p).fill_(math.nan)
 
 
 def _refuse_nan(net: nn.Module, folder: str | Path | None, adapter: str | Path | None) -> None:
     """No element of what this rank holds is NaN, or this raises: a user's error if the file has it, else one of ours."""
     for name, p in parameters_at_rest(net):
-        if not (here := _nans(local(p))):
+        if not (_has_nan(p) and (here := _nans(local(p)))):
             continue
         tensors, hf = _sources_of(net, folder, adapter).get(name, (None, ""))
         whole = tensors.read(hf) if tensors else torch.empty(0)
@@ -89,6 +90,11 @@ def _refuse_nan(net: nn.Module, folder: str | Path | None, adapter: str | Path |
         assert there, f"{name}: {here} elements were given no value"
         message = f"{there} of {whole.numel()} elements are NaN; the file is damaged, or was saved by a run that had failed"
         raise ModelError(f"{hf}: {message}", tensors.folder)
+
+
+def _has_nan(t: Tensor) -> bool:
+    """Can it be NaN, and be added up? Not integers, nor floats of 8 bits (torch 2.13 has no sum of them)."""
+    return t.is_floating_point() and t.element_size() > 1
 
 
 def _nans(t: Tensor) -> int:

@@ -16,6 +16,8 @@ from parallel.start import Agreed, Launch
 from runtime.errors import ConfigError
 
 SUGGESTED = 3
+# how those say it that raise a RuntimeError like any other: the host's memory, pinned memory, cuBLAS
+OTHERS = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class OutOfMemory(Agreed):
@@ -43,8 +45,9 @@ def explained(
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """The host's allocator raises a RuntimeError like any other."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    """Of this rank: what it was told of another one begins with that one's number."""
+    told = re.match(r"rank \d+\b", str(error)) is not None
+    return not told and (isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in OTHERS))
 
 
 def held(device: torch.device) -> str:

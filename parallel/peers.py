@@ -20,8 +20,8 @@ Whoever finds out first writes the sentence; all ranks end with that one. The ma
 within `GRACE_S`, else the thread does. The sentence is the last line on stderr and in the rank's log; the exit code is 1.
 
 The store may be what is lost: it lives in torchrun's agent or, without one, in rank 0, where a rank that gets nowhere without it
-ends. A client blocks for as long as its
-store hangs, so only one thread talks to the store, on a connection of its own, and nobody waits for that thread without a limit.
+ends. A client blocks for as long as its store hangs, so only one thread talks to the store, on a connection of its own, and nobody
+waits for that thread without a limit.
 
 There is no limit on work between collectives, so a rank may load, tokenize or write alone for as long as the others wait
 outside of a collective. Collectives of groups described as `BACKGROUND` do not count: they are issued by other threads, and

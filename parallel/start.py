@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
+import secrets
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -95,10 +98,54 @@ class Launch:
             self.store = dist.HashStore()
         else:
             raise ConfigError(f"is set but MASTER_ADDR is not; {MEND}", "WORLD_SIZE", self.world)
-        # a restart by the same agent must not read the answers of the attempt before it
-        self.attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
         with self.meeting("start"):
+            self.attempt = self._attempt()
             self.store.set(self._process(self.rank), f"{os.getpid()} {this_machine()}")
+
+    def _attempt(self) -> str:
+        """A name for this start of the ranks that no other has. torchrun's store outlives a restart, and its nodes count restarts
+        differently.
+
+        Each rank says hello with a number of its own. Rank 0 answers with the name and all numbers it has heard: an answer is of this start
+        if one's own is among them. Who has it says so, and rank 0 waits for all.
+
+        Raises:
+            Gone: a rank does not come.
+        """
+        mine, until = secrets.token_hex(8), time.monotonic() + MEET_S
+        self.store.set(f"salamander/hello{self.rank}", f"{mine} {os.getpid()} {this_machine()}")
+        if self.rank:
+            name = None
+
+            def answered() -> bool:
+                nonlocal name
+                answer = json.loads(self.store.get("salamander/answer")) if self.store.check(["salamander/answer"]) else {"heard": {}}
+                name = answer["name"] if answer["heard"].get(str(self.rank)) == mine else None
+                return name is not None or time.monotonic() > until
+
+            self._wait(answered)
+            if name is None:
+                raise Gone(f"rank 0 did not answer within {MEET_S:.0f} s: it has ended or was never started", self.rank)
+            self.store.set(f"salamander/heard{self.rank}", name)
+            return name
+        name, hellos, left = mine, {}, set(range(1, self.world))
+
+        def all_heard() -> bool:
+            said = {r: f"salamander/hello{r}" for r in left}
+            known = {r: self.store.get(key).decode().partition(" ")[0] for r, key in said.items() if self.store.check([key])}
+            if any(hellos.get(r) != number for r, number in known.items()):
+                hellos.update(known)
+                self.store.set("salamander/answer", json.dumps({"name": name, "heard": hellos}))
+            keys = {r: f"salamander/heard{r}" for r in left}
+            left.difference_update(r for r, key in keys.items() if self.store.check([key]) and self.store.get(key).decode() == name)
+            return not left or time.monotonic() > until
+
+        self._wait(all_heard)
+        if left:
+            missing = ", ".join(map(str, sorted(left)[:8])) + ", ..." * (len(left) > 8)
+            text = f"of {self.world} ranks, {missing} did not come within {MEET_S:.0f} s: they have ended or were never started"
+            raise Gone(text, self.rank)
+        return name
 
     def _check(self) -> None:
         """A variable that was left behind would have this rank wait for others that do not exist.
@@ -106,15 +153,15 @@ class Launch:
         Raises:
             ConfigError: what the launcher says does not fit together.
         """
-        local, port = self.local_rank, _number("MASTER_PORT", -1)
         met = os.environ.get("MASTER_ADDR") and os.environ.get("WORLD_SIZE")
+        local, port = self.local_rank, _number("MASTER_PORT", -1) if met else -1  # of a service called "master", Kubernetes sets one too
         for name, value, fits, what in (
             ("WORLD_SIZE", self.world, self.world >= 1, "at least 1"),
             ("RANK", self.rank, self.rank < self.world, f"below WORLD_SIZE={self.world}"),
             ("LOCAL_WORLD_SIZE", self.local_world, 1 <= self.local_world <= self.world, f"from 1 to WORLD_SIZE={self.world}"),
             ("LOCAL_RANK", local, local < self.local_world, f"below LOCAL_WORLD_SIZE={self.local_world}"),
             ("LOCAL_RANK", local, local <= self.rank, f"at most RANK={self.rank}"),
-            ("MASTER_PORT", port, not met or port <= 65535, "at most 65535"),
+            ("MASTER_PORT", port, port <= 65535, "at most 65535"),
         ):
             if not fits:
                 raise ConfigError(f"in the environment must be {what}; {MEND}", name, value)
@@ -129,10 +176,12 @@ class Launch:
         try:
             store, _, _ = next(dist.rendezvous("env://", self.rank, self.world, timeout=datetime.timedelta(seconds=MEET_S)))
         except dist.DistError as e:
-            if self.holds_store:
+            if "EADDRINUSE" in str(e) or "failed to listen" in str(e):
+                text = f"cannot listen at {place}: another program, or another torchrun, does"
+            elif self.holds_store:
                 text = f"the {self.world} ranks did not all meet at {place} within {MEET_S:.0f} s: some have ended or were never started"
             else:
-                text = f"nothing to meet at answers at {place}: {self._holder()} has ended or was never started"
+                text = f"nobody answers at {place}: {self._holder()} has ended or was never started"
             raise Gone(f"{text} ({clean(e, 120)})", self.rank) from e
         store.set_timeout(datetime.timedelta(seconds=STORE_S))
         return store
@@ -147,7 +196,7 @@ class Launch:
             yield
         except dist.DistError as e:
             self._lost = True
-            text = f"the ranks' meeting point is gone before the first step, in phase '{name}': {self._holder()}, which holds it, has ended"
+            text = f"the ranks' meeting point is gone, in phase '{name}': {self._holder()}, which holds it, has ended"
             raise Gone(f"{text}, or its machine or the network failed", self.rank) from e
 
     @property
@@ -161,7 +210,7 @@ class Launch:
         without a collective: it fills the cache which they then read.
         """
         prefix = f"salamander/{self.attempt}/{name}"
-        gate = f"{prefix}/leader{self.rank - self.local_rank}"  # ranks of a node are neighbours; nodes may have different numbers of them
+        gate = f"{prefix}/leader of {socket.gethostname()}"
         error: BaseException | None = None
         result = None
         with self.meeting(name):
@@ -190,9 +239,9 @@ class Launch:
                 return result
             rank, kind, message = self.store.get(f"{prefix}/error").decode().split("\n", 2)
         if kind == "stop":
-            raise Gone(f"rank {rank} was stopped before the first step, in phase '{name}' ({message})", self.rank)
+            raise Gone(f"rank {rank} was stopped in phase '{name}' ({message})", self.rank)
         if kind == "crash":
-            raise RuntimeError(f"rank {rank} failed in phase '{name}': {message}")
+            raise Gone(f"rank {rank} failed in phase '{name}': {message}", self.rank)
         raise Agreed(message, int(rank))
 
     def first(self, name: str, work: Callable[[], str]) -> str:
@@ -216,7 +265,7 @@ class Launch:
                 gone = machine and machine == this_machine() and process_state(int(pid)) == "ended"
                 if gone and not self._failed(prefix) and self.store.add(f"{prefix}/done", 0) < self.world:
                     phase = prefix.rpartition("/")[2]
-                    raise Gone(f"rank {rank} is gone (its process {pid} ended before the first step, in phase '{phase}')", self.rank)
+                    raise Gone(f"rank {rank} is gone (its process {pid} ended in phase '{phase}')", self.rank)
 
     @staticmethod
     def _wait(ready: Callable[[], bool], look: Callable[[], None] = lambda: None) -> None:
@@ -271,10 +320,10 @@ class Launch:
         deadline = time.monotonic() + 5
         with contextlib.suppress(dist.DistError):  # the store is gone: so is the rank that held it
             if self.rank == reporter:
-                self.store.set("salamander/printed", "1")
-            self._wait(lambda: self.store.check(["salamander/printed"]) or time.monotonic() > deadline)
-            self.store.add("salamander/left", 1)
+                self.store.set(f"salamander/{self.attempt}/printed", "1")
+            self._wait(lambda: self.store.check([f"salamander/{self.attempt}/printed"]) or time.monotonic() > deadline)
+            self.store.add(f"salamander/{self.attempt}/left", 1)
             expected = self.world - isinstance(error, Gone)
             if self.rank == 0:
-                self._wait(lambda: self.store.add("salamander/left", 0) >= expected or time.monotonic() > deadline)
+                self._wait(lambda: self.store.add(f"salamander/{self.attempt}/left", 0) >= expected or time.monotonic() > deadline)
         return error.exit_code

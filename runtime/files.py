@@ -9,10 +9,10 @@ blobs of the hub cache the folder is in. A pipe would block whoever opens it and
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
-import secrets
 import stat
 from pathlib import Path
 from typing import BinaryIO
@@ -71,18 +71,22 @@ def _if_regular(fd: int, path: str | Path, mode: str, buffering: int = -1) -> Bi
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file that appears whole or not at all, and not where a link leads that lies there.
+    """Writes a file that appears whole or not at all, and not where a link leads that lies there. One process at a time.
 
     Raises:
         OSError: the disk refuses it; what was there is as before.
     """
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    aside = path.with_name(f".{path.name}.tmp")
     try:
+        aside.unlink(missing_ok=True)  # of a process that was killed
         with open(aside, "x", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         aside.replace(path)
     except OSError as e:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise OSError(e.errno, e.strerror, str(path)) from None
 
 

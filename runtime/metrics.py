@@ -76,7 +76,7 @@ class Metrics:
                 self._drop_torn_line()
             problem = "" if self._file.write(line) == len(line) else os.strerror(errno.ENOSPC)
         except OSError as error:
-            problem = error.strerror
+            problem = error.strerror or str(error)
         if problem and not self._lost:
             self._warn(f"{self.path} cannot be written ({problem}); training goes on, records are lost")
         self._lost = bool(problem)

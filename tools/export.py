@@ -37,7 +37,10 @@ def choose(run: Path, step: int | Literal["best"] | None) -> tuple[Path, dict]:
     there = store.Store(run)
     found = there.ranked() if step == "best" else [path for path in there.steps() if step in (None, store.step_of(path))]
     if not found:
-        missing = {None: "has no checkpoints", "best": "has no checkpoint that was evaluated (eval.every must divide checkpoint.every)"}
+        missing = {
+            None: "has no checkpoints",
+            "best": "has no healthy checkpoint that was evaluated (eval.every must divide checkpoint.every)",
+        }
         raise ModelError(missing.get(step, f"has no checkpoint of step {step}"), run / "checkpoints")
     for path in found:
         try:

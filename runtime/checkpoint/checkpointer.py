@@ -205,7 +205,8 @@ class Checkpointer:
             ours = found.path.parent == self.store.folder.resolve()
             if ours:
                 self.store.trust(found.path)
-            self._origin = found.manifest["origin"] if ours and not self._begins_at(policy, found) else _origin(found)
+            if self.team.rank == 0:  # which writes it
+                self._origin = found.manifest["origin"] if ours and not self._begins_at(policy, found) else _origin(found)
             self._last = Outcome(found.step, found.path) if ours else None
         return found
 

@@ -26,6 +26,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -87,7 +88,7 @@ class Snapshot:
         try:
             for device in self._begins:  # a thread begins on device 0, and would make a context there
                 torch.cuda.set_device(device)
-            streams = {device: torch.cuda.Stream(device) for device in self._begins}
+            streams = {device: _stream(device) for device in self._begins}
             for device, stream in streams.items():
                 stream.wait_event(self._begins[device])
             for name, t in self.local.items():
@@ -107,6 +108,12 @@ class Snapshot:
         self._begun.wait()
         for device, end in self._ends.items():
             torch.cuda.current_stream(device).wait_event(end)
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all saves: torch hands out thirty-two in turn, and after some saves it would be one that offloading uses."""
+    return torch.cuda.Stream(device)
 
 
 def _writes(name: str, t: Tensor) -> bool:

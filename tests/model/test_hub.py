@@ -110,3 +110,11 @@ def test_it_ends_in_one_line_and_nothing_is_half_there(tmp_path):
     assert {path.name: path.read_bytes() for path in snapshot.iterdir()} == FILES
     for hub in hubs.values():
         hub.close()
+
+
+def test_a_client_that_is_made_anew_has_the_limit_too():
+    """huggingface_hub makes one after a connection that failed."""
+    code = "from huggingface_hub import close_session, get_session; from runtime import hub; hub._limit(); hub._limit()\n"
+    code += "for _ in range(2): assert get_session().event_hooks['request'].count(hub._bounded) == 1; close_session()\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=os.getcwd(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

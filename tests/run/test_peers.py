@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -129,7 +131,7 @@ def test_killed_before_there_is_a_group(base, tmp_path, monkeypatch, victim, pha
     other = 1 - victim
     assert ranks.wait(AFTER_S)[other] == 1
     last = ranks.output(other).rstrip().splitlines()[-1]
-    assert f"rank {victim} is gone (its process {ranks.pids[victim]} ended before the first step, in phase '{phase}')" in last, last
+    assert f"rank {victim} is gone (its process {ranks.pids[victim]} ended in phase '{phase}')" in last, last
 
 
 def early(base, out: Path, axes: str, victim: int, survivors: set[int], within_s: float = 60) -> str:
@@ -167,15 +169,15 @@ def ends_in(monkeypatch, place, name: str, rank: int, number: int) -> None:
 def test_rank_0_ends_before_there_is_a_group(base, tmp_path, monkeypatch, place, name, number):
     ends_in(monkeypatch, place, name, 0, number)
     line = early(base, tmp_path / "out", SHARD, 0, {1})
-    gone = "error: the ranks' meeting point is gone before the first step, in phase '"
-    assert line.startswith((gone, "error: rank 0 was stopped before the first step") if number == signal.SIGINT else gone)
+    gone = "error: the ranks' meeting point is gone, in phase '"
+    assert line.startswith((gone, "error: rank 0 was stopped in phase") if number == signal.SIGINT else gone)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_all_who_are_left_name_the_rank_that_ended(base, tmp_path, monkeypatch, number):
     ends_in(monkeypatch, train, "identity", 1, number)
     line = early(base, tmp_path / "out", "shard = 3", 1, {0, 2})
-    how = "was stopped before the first step" if number == signal.SIGINT else "is gone (its process"
+    how = "was stopped in phase" if number == signal.SIGINT else "is gone (its process"
     assert line.startswith(f"error: rank 1 {how}") and "in phase 'identity'" in line
 
 
@@ -194,7 +196,7 @@ def test_the_store_is_gone_when_a_rank_connects_once_more(base, tmp_path, monkey
 
     monkeypatch.setattr(dist, "PrefixStore", Late)
     monkeypatch.setattr(peers, "MEET_AGAIN_S", 1.0)
-    assert "meeting point is gone before the first step, in phase 'peers'" in early(base, tmp_path / "out", SHARD, 0, {1})
+    assert "meeting point is gone, in phase 'peers'" in early(base, tmp_path / "out", SHARD, 0, {1})
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -205,7 +207,25 @@ def test_a_rank_that_never_comes(base, tmp_path, monkeypatch, victim):
     if victim:
         assert "error: the 2 ranks did not all meet at 127.0.0.1:" in line and "within 1 s: some have ended or were never started" in line
     else:
-        assert "error: nothing to meet at answers at 127.0.0.1:" in line and "rank 0 has ended or was never started" in line
+        assert "error: nobody answers at 127.0.0.1:" in line and "rank 0 has ended or was never started" in line
+
+
+def test_a_rank_that_does_not_say_hello(base, tmp_path, monkeypatch):
+    """It has come to the store, as old processes have, but is not of this start."""
+    monkeypatch.setattr(start_module, "MEET_S", 1.0)
+    ends_in(monkeypatch, start_module, "this_machine", 1, signal.SIGTERM)
+    line = early(base, tmp_path / "out", SHARD, 1, {0})
+    assert "error: of 2 ranks, 1 did not come within 1 s: they have ended or were never started" in line
+
+
+def test_a_port_that_another_program_has(base, tmp_path, monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        monkeypatch.setattr(launch, "free_port", lambda: other.getsockname()[1])
+        ranks = launch.start(["--config", "none.toml"], 1, tmp_path / "logs")
+        assert ranks.wait(AFTER_S) == [1]
+    assert re.search(r"^error: cannot listen at 127\.0\.0\.1:\d+: another program, or another torchrun, does", ranks.output(), re.MULTILINE)
 
 
 def stops_in_a_save(rank: int):

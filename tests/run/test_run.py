@@ -268,7 +268,7 @@ def test_the_checkpoint_with_the_lowest_evaluation_loss_stays_and_can_be_exporte
     (out / "checkpoints" / "step_8" / "state.json").unlink()
     capsys.readouterr()
     assert export_tool(["--run", str(out), "--step", "best", "--out", str(tmp_path / "none")]) == 2
-    assert "has no checkpoint that was evaluated" in capsys.readouterr().err
+    assert "has no healthy checkpoint that was evaluated" in capsys.readouterr().err
 
 
 def test_evaluation_does_not_depend_on_ranks_and_counts_every_source(make, tmp_path):
