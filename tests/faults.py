@@ -58,6 +58,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from benchmarks.cpu import ROOT
 from parallel import local
 from parallel.start import process_state
 from runtime import stop
@@ -513,7 +514,7 @@ def restarted(stage: Stage, out: Path, most: int) -> int:
         counts.add("starts")
         with open(out / "torchrun.txt", "a") as said:
             command = [sys.executable, *TORCHRUN, "--nproc-per-node", str(stage.world), "train.py", *stage.case.argv(out)]
-            agent = subprocess.Popen(command, cwd=campaign.ROOT, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            agent = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
         whole, workers = dice.random() < 0.25, []
         for _ in range(min(most - kills, 1 if whole else RESTARTS)):
             workers = new_workers(agent, workers, stage.world)

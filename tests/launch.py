@@ -99,6 +99,7 @@ def start(argv: Sequence[str], world: int, logs: Path, nodes: Sequence[tuple[int
                 os.dup2(fd, 2)
                 sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
                 torch.set_num_threads(1)
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in its background
                 node, local = places[rank]
                 env = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": nodes[node][0], "MASTER_PORT": port}
                 os.environ.update({k: str(v) for k, v in (env | {"GROUP_RANK": node}).items()}, MASTER_ADDR="127.0.0.1")

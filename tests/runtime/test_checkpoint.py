@@ -198,7 +198,10 @@ def test_what_is_deleted_while_others_look_is_passed_over(folder):
     thread = threading.Thread(target=come_and_go)
     thread.start()
     try:
-        seen = {tuple(map(store.step_of, look())) for _ in range(500) for look in (there.healthy, there.ranked, there.complete)}
+        seen, looks, until = set(), 0, time.monotonic() + 30
+        while looks < 150 or (len(seen) < 2 and time.monotonic() < until):
+            seen |= {tuple(map(store.step_of, look())) for look in (there.healthy, there.ranked, there.complete)}
+            looks += 1
     finally:
         stop.set()
         thread.join()
