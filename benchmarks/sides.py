@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -269,7 +270,7 @@ def one_rank(device: str) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-class Side:
+class Side(ABC):
     """A model with its optimizer and the micro-batches of a step.
 
     units: learned tokens of a step; words: what it says of itself; batches: the micro-batches.
@@ -282,13 +283,13 @@ class Side:
     words: list[str]
     batches: list
 
+    @abstractmethod
     def cut(self, micro: int) -> None:
         """From now on micro-batches of so many rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, i: int) -> Tensor:
         """The share of micro-batch i in the step's loss, with its graph."""
-        raise NotImplementedError
 
     def back(self, loss: Tensor) -> None:
         """The backward pass of a micro-batch's loss."""
@@ -297,9 +298,9 @@ class Side:
     def trained(self) -> dict[str, Tensor]:
         return {canonical(name): p for name, p in self.net.named_parameters() if p.requires_grad}
 
+    @abstractmethod
     def step(self) -> float:
         """A whole step; the loss."""
-        raise NotImplementedError
 
     def gradients(self) -> tuple[float, dict[str, Tensor]]:
         """The step's loss and gradients, without an update."""

@@ -27,6 +27,7 @@ Backward, allgather and ulysses the same again; ring 2K(c - 1), and 2Kc in at le
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -131,7 +132,7 @@ def in_rank_order(x: Tensor, size: int) -> Tensor:
     return torch.stack([x[:size], x[size:].flip(0)], 1).flatten(0, 2)
 
 
-class Around:
+class Around(ABC):
     """A backend that wraps a backend."""
 
     def __init__(self, inner: Backend, group: dist.ProcessGroup):
@@ -141,9 +142,9 @@ class Around:
     def unsupported(self, arch: Arch, device: torch.device, dtype: torch.dtype) -> str | None:
         return self.inner.unsupported(arch, device, dtype)
 
+    @abstractmethod
     def pieces(self, ctx: AttnContext) -> list[AttnContext]:
         """What the wrapped backend computes here. `ctx` holds this rank's slots and the row's borders."""
-        raise NotImplementedError
 
     def prepare(self, ctx: AttnContext, kind: Kind) -> None:
         for piece in self.pieces(ctx):

@@ -19,6 +19,7 @@ The set of sections is closed: nothing here, and nothing a config says, imports 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache, cached_property
 from types import NoneType, UnionType
@@ -36,7 +37,7 @@ class Mismatch(Exception):
         self.expected, self.value, self.place = expected, value, place
 
 
-class Type:
+class Type(ABC):
     """The type of a value.
 
     name: for `--help`; expected: what a message asks for, plural: several of it; example: a legal value; json: its JSON schema.
@@ -48,9 +49,9 @@ class Type:
     example: object
     json: dict
 
+    @abstractmethod
     def read(self, value: object) -> object:
         """The value as the dataclass holds it. Raises Mismatch."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -95,15 +95,15 @@ def test_under_a_sum_a_trained_head_costs_no_second_logits(impl, gpu, monkeypatc
     close(*both(wide, labels, [g.double() for g in same], budget=1, summed=True), bound=1e-13)
 
 
-@pytest.mark.skipif(device() == "cuda", reason="on a GPU the assertion ends the process")
 def test_what_is_no_sum_is_not_taken_for_one():
+    """On the CPU, also where there is a GPU: a failed assertion there ends the process."""
     hidden, weight, labels, grads = made(40)
-    weight.requires_grad_()
+    hidden, weight, labels, grads = hidden.cpu(), weight.cpu().requires_grad_(), labels.cpu(), [g.cpu() for g in grads]
     logp = op.linear_logprob(hidden, weight, labels, summed=True)
     with pytest.raises(RuntimeError, match="`summed`, but rows have different gradients"):
         logp.backward(grads[0])
     nan = op.linear_logprob(hidden, weight, labels, summed=True).sum()
-    nan.backward(torch.tensor(float("nan"), device=device()))  # the loss was not finite, and is said to be by the gradients
+    nan.backward(torch.tensor(float("nan")))  # the loss was not finite, and is said to be by the gradients
     assert weight.grad.isnan().all()
 
 
@@ -212,9 +212,9 @@ def test_where_the_number_is_not_known_a_gpu_computes_all_rows(monkeypatch):
         close(*both((hidden, weight), labels, grads, learned=known))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a failed assertion of the device ends the process")
 def test_a_wrong_number_of_labels_is_noticed():
-    hidden, weight, labels, _ = made(90)
+    """On the CPU, as above."""
+    hidden, weight, labels = (x.cpu() for x in made(90)[:3])
     for wrong in (6, 8):
         with pytest.raises(RuntimeError, match="number of labels"):
             op.linear_logprob(hidden, weight, labels, learned=wrong)

@@ -175,10 +175,13 @@ def test_command_errors_are_one_line_and_exit_code_2(folder, tmp_path, capsys, c
     assert re.search(message, err)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="compares with the CPU's defaults")
-def test_auto_is_fp32_on_the_cpu():
+def test_auto_is_what_the_machine_has(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert place("auto", "auto") == ("cpu", torch.float32)
     assert place("cpu", "bf16") == ("cpu", torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert place("auto", "auto") == place("cuda", "auto") == ("cuda", torch.bfloat16)
+    assert place("cpu", "auto") == ("cpu", torch.float32)
 
 
 def test_help_needs_no_torch():
