@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from model import safetensors_io
 from objective import lm
 from parallel import memory
 from tests import launch
@@ -68,3 +69,21 @@ def test_only_what_works_with_the_rest_is_suggested(tmp_path):
     assert suggested(*graph) == ["recompute.kind=mlp", "offload.optimizer=true"]  # nothing that a graph cannot hold
     all_ = ["--recompute.kind=full", "--offload.optimizer=true", "--offload.activations=cpu", "--lora.rank=4"]
     assert suggested(*all_) == ["offload.frozen=true"]
+
+
+def test_a_rank_is_not_blamed_for_what_it_is_told_of_another(argv, tmp_path, monkeypatch):
+    def full(*args, **more):
+        if launch.os.environ["RANK"] == "1":
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return real(*args, **more)
+
+    real = safetensors_io.materialize
+    monkeypatch.setattr(safetensors_io, "materialize", full)
+    ranks = launch.run(argv, 2, tmp_path / "logs")
+    assert ranks.wait() == [1, 1]
+    assert "error: rank 1 is out of memory on cpu" in ranks.output(1)
+    assert "rank 0 is out of memory" not in ranks.output() and "Traceback" not in ranks.output()
+    assert "error: rank 1 failed in phase 'weights': " in ranks.output(0)
+    for told in ("rank 1: RuntimeError: ", "rank 1 failed in phase 'x': "):
+        assert not memory.is_out_of_memory(RuntimeError(told + memory.OTHERS[0]))
+    assert memory.is_out_of_memory(RuntimeError(memory.OTHERS[0])) and not memory.is_out_of_memory(RuntimeError("something else"))

@@ -234,7 +234,7 @@ def test_a_result_of_another_kind_is_none(make, kind):
     make_it = {
         "pipe": lambda path: os.mkfifo(path),
         "zero": lambda path: path.symlink_to("/dev/zero"),
-        "nested": lambda path: path.write_text("[" * 10**5),
+        "nested": lambda path: path.write_text("[" * 50_000),
     }
     make_it[kind](out / "result.json")
     assert f"exported to {out}/export" in ok(argv, 1, out)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 import random
+import sys
 import threading
 import time
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -179,7 +181,7 @@ def test_losses_on_other_held_out_data_are_not_compared(folder):
     assert names(folder) == ["latest", "step_3", "step_4", "step_5"]
 
 
-def test_what_is_deleted_while_others_look_is_passed_over(folder):
+def test_what_is_deleted_while_others_look_is_passed_over(folder, request):
     """By a run that is under way, between two looks of a tool."""
 
     def work(rank, world):
@@ -189,6 +191,8 @@ def test_what_is_deleted_while_others_look_is_passed_over(folder):
 
     run(work, 1)
     there, stop = Store(folder), threading.Event()
+    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-5)  # between any two looks
 
     def come_and_go() -> None:
         while not stop.is_set():
